@@ -1,0 +1,336 @@
+"""Sampling with a KV cache: one length per sequence, finished slots refilled, noise that is a function of the token.
+
+The uniform that decides a token depends on (seed, stream, sample, position) alone, so what is sampled depends neither on
+batch order, batch composition and refill order nor on the number of ranks; the logits do only by rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention import attention
+from kernels.decode import decode_attention, decode_bias
+from parallel.model import VOCAB_MULTIPLE, Decoder, DecoderConfig
+
+NUM_SLOTS = 256  # sequences generated at a time
+PREFILL_TOKENS = 1 << 14  # padded prompt tokens of one forward
+ROLLOUT, EVALUATION = 0, 1  # streams of sampling noise
+
+
+@dataclass
+class Sampling:
+    """How tokens are drawn. Probabilities everywhere are those of logits / temperature over the full vocabulary;
+    top-k and top-p restrict only what is drawn."""
+
+    temperature: float = 1.0
+    """divides the logits; 0 takes the likeliest token"""
+    top_k: int = 0
+    """draw from the k likeliest tokens; 0 = all"""
+    top_p: float = 1.0
+    """draw from the likeliest tokens whose probabilities sum to at least this (Holtzman et al. 2020, arXiv 1904.09751)"""
+    max_new_tokens: int = 9
+    """response length limit, in tokens, the EOS included"""
+    stop: tuple[str, ...] = ()
+    """strings that end a response when they appear in it; the text is cut before them for the reward"""
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"--sampling.temperature {self.temperature} is negative; 0 is greedy, 1 the model itself")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--sampling.top-p {self.top_p} is not in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"--sampling.top-k {self.top_k} is negative; 0 keeps all tokens")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--sampling.max-new-tokens {self.max_new_tokens} must be at least 1")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens can never be drawn, which makes the samples off-policy."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
+
+@dataclass
+class Generation:
+    """Prompts and their responses, right-padded with id 0, in the order of the prompts."""
+
+    input_ids: Tensor  # [batch, seq_len] prompt then response
+    prompt_lens: Tensor  # [batch]
+    seq_lens: Tensor  # [batch]
+    response_mask: Tensor  # [batch, seq_len] bool, from the first sampled token through the last
+    logprobs: Tensor  # [batch, seq_len] of the sampled tokens, in nats, 0 elsewhere
+    finished: Tensor  # [batch] bool: ended by an EOS or a stop sequence, not by the length limit
+    kept_mass: float  # mean probability of the tokens that top-k and top-p left
+
+    def response_ids(self) -> list[list[int]]:
+        rows = zip(self.input_ids.tolist(), self.prompt_lens.tolist(), self.seq_lens.tolist(), strict=True)
+        return [ids[start:end] for ids, start, end in rows]
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of the 64-bit integers that scatters neighbours (splitmix64's finaliser; Steele et al. 2014)."""
+
+    def shift_right(x, bits):  # logical shift of a signed integer
+        return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = (x ^ shift_right(x, 30)) * -4658895280553007687
+    x = (x ^ shift_right(x, 27)) * -7723592293110705685
+    return x ^ shift_right(x, 31)
+
+
+def uniform(seed: int, stream: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
+    """One float64 in [0, 1) per (seed, stream, sample, position), by nested hashing.
+
+    Shapes: sample_ids, positions int64, broadcast against each other -> their common shape
+    """
+    state = mix(torch.tensor(seed, device=sample_ids.device))
+    for coordinate in (torch.tensor(stream, device=sample_ids.device), sample_ids, positions):
+        state = mix(state + 7046029254386353131 + coordinate)
+    return ((state >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+
+
+def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws one token per row by the inverse of the cumulative distribution.
+
+    The probabilities are summed in blocks of 128 ids; a float64 prefix sum over the block sums finds the block, another
+    one the id inside it.
+
+    Shapes: logits [n, padded_vocab] float32, -inf where an id does not exist; noise [n] in [0, 1)
+    Returns: token_ids [n]; logprobs [n] over the full vocabulary at the sampling temperature (at 1 if that is 0);
+        kept_mass [n], the probability that top-k and top-p left
+    """
+    if sampling.temperature not in (0.0, 1.0):
+        logits = logits / sampling.temperature
+    shifted = logits - logits.amax(1, keepdim=True)
+    weights = shifted.exp()
+    total = weights.sum(1, dtype=torch.float64)
+    kept_mass = torch.ones_like(total)
+    if sampling.temperature == 0:
+        token_ids = logits.argmax(1)
+    else:
+        if sampling.truncates:
+            weights = truncate(weights, total, sampling)
+            kept_mass = weights.sum(1, dtype=torch.float64) / total
+        blocks = weights.view(len(weights), -1, VOCAB_MULTIPLE)  # [n, num_blocks, 128]
+        prefix = blocks.sum(2, dtype=torch.float64).cumsum(1)  # [n, num_blocks]
+        point = noise * prefix[:, -1]
+        block = (prefix <= point[:, None]).sum(1).clamp(max=prefix.shape[1] - 1)  # [n]
+        point = point - F.pad(prefix, (1, 0)).gather(1, block[:, None])[:, 0]
+        inside = blocks[torch.arange(len(blocks), device=block.device), block]  # [n, 128]
+        offset = (inside.cumsum(1, dtype=torch.float64) <= point[:, None]).sum(1)
+        last_kept = VOCAB_MULTIPLE - 1 - (inside > 0).flip(1).int().argmax(1)  # rounding must not step past it
+        token_ids = block * VOCAB_MULTIPLE + torch.minimum(offset, last_kept)
+    logprobs = shifted.gather(1, token_ids[:, None])[:, 0] - total.log()
+    return token_ids, logprobs.to(logits.dtype), kept_mass
+
+
+def truncate(weights: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
+    """Zeroes the weights that top-k and top-p (of the full distribution) drop; ties at the border stay.
+
+    Shapes: weights [n, vocab], total [n] their sum -> [n, vocab]
+    """
+    ordered = weights.sort(1, descending=True).values
+    border = torch.zeros_like(ordered[:, 0])
+    if 0 < sampling.top_k < weights.shape[1]:
+        border = ordered[:, sampling.top_k - 1]
+    if sampling.top_p < 1:
+        before = ordered.cumsum(1, dtype=torch.float64) - ordered  # mass of the likelier tokens
+        num_kept = (before < sampling.top_p * total[:, None]).sum(1)  # at least 1
+        border = torch.maximum(border, ordered.gather(1, num_kept[:, None] - 1)[:, 0])
+    return weights.where(weights >= border[:, None], 0)
+
+
+class KVCache:
+    """Keys and values of the sequences being generated: one slot per sequence, one length per slot.
+
+    Shapes: keys, values [num_layers, num_slots, num_kv_heads, max_len, head_dim]
+    """
+
+    def __init__(self, config: DecoderConfig, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.num_layers, num_slots, config.num_kv_heads, max_len, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.slots: Tensor | slice = slice(0)  # those that the next forward is about
+        self.lens: Tensor | None = None  # [slots] tokens cached before this forward; None: their prompts come now
+
+    def prompt(self, slots: Tensor) -> None:
+        """The next forward holds the whole prompts of these slots."""
+        self.slots, self.lens = slots, None
+
+    def step(self, lens: Tensor) -> None:
+        """The next forward holds one new token of each of the first len(lens) slots."""
+        self.slots, self.lens = slice(len(lens)), lens
+        self.rows = torch.arange(len(lens), device=lens.device)
+        self.visible_len = int(lens.max()) + 1
+        self.bias: dict[int | None, Tensor] = {}  # by window
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copies slots over others."""
+        self.keys[:, targets] = self.keys[:, sources]
+        self.values[:, targets] = self.values[:, sources]
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, visible) -> Tensor:
+        """Stores this forward's keys and values, then attends to everything stored.
+
+        Shapes: q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_kv_heads, head_dim] -> q's
+        """
+        keys, values = self.keys[layer], self.values[layer]
+        if self.lens is None:  # what lies beyond a prompt's end is overwritten before it is ever visible
+            keys[self.slots, :, : k.shape[1]] = k.transpose(1, 2)
+            values[self.slots, :, : v.shape[1]] = v.transpose(1, 2)
+            return attention(q, k, v, visible)
+        keys[self.rows, :, self.lens] = k[:, 0]
+        values[self.rows, :, self.lens] = v[:, 0]
+        window = visible.window
+        if window not in self.bias:
+            self.bias[window] = decode_bias(self.lens + 1, self.visible_len, window)
+        seen = (self.slots, slice(None), slice(self.visible_len))
+        return decode_attention(q[:, 0], keys[seen], values[seen], self.bias[window])[:, None]
+
+
+def lm_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
+    """Next-token logits in float32 at least, -inf in padded vocabulary rows.
+
+    Shapes: hidden [n, hidden_size] -> [n, padded_vocab]
+    """
+    logits = F.linear(hidden, decoder.lm_head_weight, decoder.lm_head_bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits[:, decoder.config.vocab_size :] = -torch.inf
+    return logits
+
+
+def prefill(decoder: Decoder, cache: KVCache, input_ids, prompt_lens, rows: Tensor, slots: Tensor) -> Tensor:
+    """Runs whole prompts, caching their keys and values: the hidden state of each one's last token [n, hidden_size]."""
+    lens = prompt_lens[rows]
+    prompt_ids = input_ids[rows, : int(lens.max())]  # [n, longest]; causality hides the padding
+    positions = torch.arange(prompt_ids.shape[1], device=prompt_ids.device).expand_as(prompt_ids)
+    cache.prompt(slots)
+    hidden = decoder(prompt_ids, positions, torch.zeros_like(prompt_ids), cache)
+    return hidden[torch.arange(len(rows), device=rows.device), lens - 1]
+
+
+def stop_at(tokenizer, stop: tuple[str, ...]) -> Callable[[list[list[int]]], list[bool]] | None:
+    """Says of each response whether its text contains a stop sequence; None without stop sequences.
+
+    Only the end of a response is decoded: called after every token, an earlier stop has been seen before.
+    """
+    if not stop:
+        return None
+    tail = max(len(text.encode()) for text in stop) + 4  # a token holds at least a byte; some room for word-start rules
+
+    def stop_fn(responses: list[list[int]]) -> list[bool]:
+        texts = tokenizer.batch_decode([ids[-tail:] for ids in responses], skip_special_tokens=True)
+        return [any(text in end for text in stop) for end in texts]
+
+    return stop_fn
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    *,
+    eos_ids: list[int],
+    sample_ids: list[int],
+    seed: int,
+    stream: int = ROLLOUT,
+    stop_fn: Callable[[list[list[int]]], list[bool]] | None = None,
+    logits_fn: Callable[[Tensor], Tensor] | None = None,
+    num_slots: int = NUM_SLOTS,
+) -> Generation:
+    """Samples one response per prompt with continuous batching.
+
+    A response ends with the first of: an id of `eos_ids`, `stop_fn` (see `stop_at`), `sampling.max_new_tokens`. The
+    sampled EOS or stop sequence is part of it.
+
+    Args: sample_ids: one number per prompt; with seed, stream and position it fixes the noise. logits_fn: hidden
+        [n, hidden_size] -> logits [n, padded_vocab] in place of the LM head.
+    Communication: none; replicas do not wait for each other.
+    Raises: ValueError if a prompt is empty or does not fit the context together with its response.
+    """
+    device = decoder.embedding.weight.device
+    config = decoder.config
+    prompt_lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long, device=device)  # [batch]
+    limit = prompt_lens + sampling.max_new_tokens
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= config.max_seq_len - sampling.max_new_tokens:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with {sampling.max_new_tokens} new ones it must fit the context "
+                f"of {config.max_seq_len} and hold at least one token: cut it or lower --sampling.max-new-tokens"
+            )
+    max_len = int(limit.max()) if prompts else 1
+    batch = len(prompts)
+    input_ids = torch.zeros(batch, max_len, dtype=torch.long, device=device)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, : len(prompt)] = torch.tensor(prompt, device=device)
+    dtype = decoder.embedding.weight.dtype
+    logprobs = torch.zeros(batch, max_len, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    seq_lens = prompt_lens.clone()
+    finished = torch.zeros(batch, dtype=torch.bool, device=device)
+    samples = torch.tensor(sample_ids, dtype=torch.long, device=device)
+    eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
+    kept_mass = torch.zeros((), dtype=torch.float64, device=device)
+
+    num_slots = min(num_slots, batch)
+    cache = KVCache(config, num_slots, max_len, dtype, device)
+    rows = torch.zeros(0, dtype=torch.long, device=device)  # [active] the sequence in each slot; slots are contiguous
+    num_started = 0
+
+    def sample_next(hidden: Tensor, rows: Tensor) -> Tensor:
+        """Draws and records the next token of each row; returns which rows go on."""
+        nonlocal kept_mass
+        logits = logits_fn(hidden) if logits_fn is not None else lm_logits(decoder, hidden)
+        positions = seq_lens[rows]
+        noise = uniform(seed, stream, samples[rows], positions)
+        tokens, token_logprobs, mass = sample_tokens(logits, noise, sampling)
+        input_ids[rows, positions] = tokens
+        logprobs[rows, positions] = token_logprobs
+        seq_lens[rows] = positions + 1
+        kept_mass += mass.sum()
+        ended = torch.isin(tokens, eos)
+        if stop_fn is not None:
+            spans = zip(input_ids[rows].tolist(), prompt_lens[rows].tolist(), (positions + 1).tolist(), strict=True)
+            ended |= torch.tensor(stop_fn([ids[start:end] for ids, start, end in spans]), device=device)
+        finished[rows] = ended
+        return ~ended & (positions + 1 < limit[rows])
+
+    while num_started < batch or len(rows):
+        num_free = min(num_slots - len(rows), batch - num_started)
+        if num_free and (not len(rows) or num_free >= num_slots // 4 or num_started + num_free == batch):
+            entered = torch.arange(num_started, num_started + num_free, device=device)
+            slots = torch.arange(len(rows), len(rows) + num_free, device=device)
+            going = [torch.ones(len(rows), dtype=torch.bool, device=device)]
+            per_forward = max(1, PREFILL_TOKENS // int(prompt_lens[entered].max()))
+            for part in torch.arange(num_free, device=device).split(per_forward):
+                hidden = prefill(decoder, cache, input_ids, prompt_lens, entered[part], slots[part])
+                going.append(sample_next(hidden, entered[part]))
+            num_started += num_free
+            rows, going = torch.cat((rows, entered)), torch.cat(going)
+        else:
+            lens = seq_lens[rows] - 1  # the newest token is not in the cache yet
+            cache.step(lens)
+            tokens = input_ids[rows, lens][:, None]
+            hidden = decoder(tokens, lens[:, None], torch.zeros_like(tokens), cache)[:, 0]
+            going = sample_next(hidden, rows)
+        num_going = int(going.sum())
+        if num_going < len(rows):  # the last slots move into the holes, so that those in use stay the first
+            holes = (~going[:num_going]).nonzero()[:, 0]
+            movers = going[num_going:].nonzero()[:, 0] + num_going
+            cache.move(movers, holes)
+            rows[holes] = rows[movers]
+            rows = rows[:num_going]
+    seq_len = int(seq_lens.max()) if batch else 1
+    positions = torch.arange(seq_len, device=device)
+    response_mask = (positions >= prompt_lens[:, None]) & (positions < seq_lens[:, None])
+    return Generation(
+        input_ids[:, :seq_len],
+        prompt_lens,
+        seq_lens,
+        response_mask,
+        logprobs[:, :seq_len],
+        finished,
+        float(kept_mass / response_mask.sum().clamp(min=1)),
+    )

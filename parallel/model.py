@@ -1,0 +1,297 @@
+"""One decoder for every family: GPT-2, GPT-J, GPT-NeoX, Llama, Mistral, Qwen2, Qwen3 are rows of flags.
+
+`families.py` derives the flags from a Hugging Face config and says where each tensor lies in its files. Inside the
+decoder activations are token-major [tokens, hidden_size]; only attention sees [batch, seq_len].
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.attention import Visible, attention
+from parallel.mesh import Mesh
+
+VOCAB_MULTIPLE = 128  # vocabulary rows are padded to this, the block in which generation sums probabilities
+
+
+@dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary frequencies are stretched beyond the context they were trained on."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that tells one architecture from another."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+    vocab_size: int
+    max_seq_len: int
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_eps: float
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"]
+    gated: bool  # ffn(x) = down(act(gate(x)) * up(x))
+    parallel_residual: bool = False  # x + attn(norm(x)) + ffn(norm'(x))
+    shared_norm: bool = False  # attention and FFN read the same norm (GPT-J)
+    learned_positions: bool = False
+    rotary_dim: int = 0  # leading part of each head that is rotated; 0 for none
+    rotary_base: float = 10000.0
+    rotary_interleaved: bool = False  # rotates (x0, x1), (x2, x3) ... instead of the two halves
+    rotary_scaling: RotaryScaling | None = None
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    ffn_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False  # RMS norm of each query and key head
+    tied_embeddings: bool = False
+    windows: tuple[int | None, ...] = ()  # sliding window of each layer; () for none
+    init_std: float = 0.02
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer] if self.windows else None
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467), statistics in at least float32."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """x W^T + b with weight [out_features, in_features]; its parameters start uninitialised."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+        super().__init__(in_features, out_features, bias=bias, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Leaves them: `initialise` or a checkpoint fills them."""
+
+
+def rotary_tables(config: DecoderConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each token's rotation angles, in float64 (Su et al. 2021, arXiv 2104.09864, eq. 15).
+
+    Shapes: position_ids [tokens] -> two of [tokens, rotary_dim / 2]
+    """
+    exponent = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64, device=position_ids.device)
+    frequency = config.rotary_base ** (-exponent / config.rotary_dim)  # [rotary_dim / 2], radians per token
+    scaling = config.rotary_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling is not None:  # llama3: long waves are stretched, short ones kept, those between interpolated
+        turns = scaling.original_max_seq_len * frequency / (2 * math.pi)
+        keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = keep.clamp(0, 1)
+        frequency = frequency * keep + frequency / scaling.factor * (1 - keep)
+    angle = position_ids[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotates the first 2 * tables.shape[-1] features of every head.
+
+    Shapes: x [tokens, heads, head_dim], tables two of [tokens, 1, rotary_dim / 2] in x's dtype
+    """
+    cos, sin = tables
+    rotary_dim = 2 * cos.shape[-1]
+    rotated, kept = x[..., :rotary_dim], x[..., rotary_dim:]
+    if interleaved:
+        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, -1)
+        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((rotated, kept), -1) if kept.shape[-1] else rotated
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and feed-forward network, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype):
+        super().__init__()
+        self.config = config
+        hidden, head_dim = config.hidden_size, config.head_dim
+        num_qkv_heads = config.num_heads + 2 * config.num_kv_heads
+        self.attn_norm = make_norm(config, dtype)
+        # rows: all query heads, then all key heads, then all value heads
+        self.qkv = Linear(hidden, num_qkv_heads * head_dim, config.qkv_bias, dtype)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.norm_eps, dtype)
+            self.k_norm = RMSNorm(head_dim, config.norm_eps, dtype)
+        self.attn_out = Linear(config.num_heads * head_dim, hidden, config.attn_out_bias, dtype)
+        if not config.shared_norm:
+            self.ffn_norm = make_norm(config, dtype)
+        # gated: rows of the gate, then rows of the up projection
+        self.ffn_in = Linear(hidden, config.ffn_size * (1 + config.gated), config.ffn_bias, dtype)
+        self.ffn_out = Linear(config.ffn_size, hidden, config.ffn_bias, dtype)
+
+    def attend(self, x: Tensor, tables, attention_fn) -> Tensor:
+        """Self-attention: x [tokens, hidden_size], already normed -> the same shape."""
+        config = self.config
+        heads = self.qkv(x).view(len(x), -1, config.head_dim)  # [tokens, q + k + v heads, head_dim]
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if tables is not None:
+            q, k = (rotate(y, tables, config.rotary_interleaved) for y in (q, k))
+        return self.attn_out(attention_fn(q, k, v).reshape(len(x), -1))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The position-wise network: x [tokens, hidden_size], already normed -> the same shape."""
+        activation = ACTIVATIONS[self.config.activation]
+        x = self.ffn_in(x)
+        if self.config.gated:
+            gate, up = x.chunk(2, -1)
+            return self.ffn_out(activation(gate) * up)
+        return self.ffn_out(activation(x))
+
+    def forward(self, x: Tensor, tables, attention_fn) -> Tensor:
+        normed = self.attn_norm(x)
+        attended = self.attend(normed, tables, attention_fn)
+        if not self.config.parallel_residual:
+            x = x + attended
+            return x + self.feed_forward(self.ffn_norm(x))
+        ffn_input = normed if self.config.shared_norm else self.ffn_norm(x)
+        return x + attended + self.feed_forward(ffn_input)
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states after the final norm; the LM head's weight lies here, its product is the caller's.
+
+    Args: seed: every parameter is drawn from a generator seeded by (seed, its name); None leaves them uninitialised.
+    Source: the families' papers; `DecoderConfig` says which parts.
+    """
+
+    def __init__(self, config: DecoderConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, seed: int | None = 0):
+        super().__init__()
+        self.config = config
+        self.hf_config: dict = {}  # as read from config.json; what export writes again
+        self.source = ""  # folder or hub id that the weights came from
+        with torch.device(mesh.device):
+            self.embedding = make_embedding(config.padded_vocab_size, config.hidden_size, dtype)
+            self.position_embedding = None
+            if config.learned_positions:
+                self.position_embedding = make_embedding(config.max_seq_len, config.hidden_size, dtype)
+            self.layers = nn.ModuleList(Block(config, dtype) for _ in range(config.num_layers))
+            self.final_norm = make_norm(config, dtype)
+            self.lm_head = None
+            if not config.tied_embeddings:
+                self.lm_head = Linear(config.hidden_size, config.padded_vocab_size, config.head_bias, dtype)
+        if seed is not None:
+            initialise(self, config, seed)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[padded_vocab_size, hidden_size]"""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def lm_head_bias(self) -> Tensor | None:
+        """[padded_vocab_size]"""
+        return None if self.lm_head is None else self.lm_head.bias
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, first_key: Tensor, kv_cache=None) -> Tensor:
+        """Hidden states after the final norm.
+
+        Args: first_key: in row coordinates, the earliest position that each token's query may see.
+            kv_cache: a `parallel.generation.KVCache`; then keys and values are stored in it and read from it.
+        Shapes: input_ids, position_ids, first_key [batch, seq_len] -> [batch, seq_len, hidden_size]
+        """
+        config = self.config
+        shape = input_ids.shape
+        positions = position_ids.flatten()
+        x = F.embedding(input_ids.flatten(), self.embedding.weight)  # [tokens, hidden_size]
+        if self.position_embedding is not None:
+            x = x + F.embedding(positions, self.position_embedding.weight)
+        tables = None
+        if config.rotary_dim:
+            tables = tuple(table.to(x.dtype)[:, None] for table in rotary_tables(config, positions))
+        visible = {window: Visible(first_key, window) for window in set(config.windows) or {None}}
+        for i, layer in enumerate(self.layers):
+
+            def attention_fn(q, k, v, i=i):
+                q, k, v = (y.unflatten(0, shape) for y in (q, k, v))  # [batch, seq_len, heads, head_dim]
+                if kv_cache is not None:
+                    return kv_cache.attention(i, q, k, v, visible[config.window(i)])
+                return attention(q, k, v, visible[config.window(i)])
+
+            x = layer(x, tables, attention_fn)
+        return self.final_norm(x).view(*shape, -1)
+
+
+class ScalarHead(nn.Module):
+    """One number per hidden state, in float32 at least: values or rewards.
+
+    Args: std: of the normal initialisation; 0 makes it start at 0 everywhere.
+    """
+
+    def __init__(self, hidden_size: int, mesh: Mesh, dtype: torch.dtype = torch.float32, std: float = 0.0, seed=0):
+        super().__init__()
+        weight = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * std
+        self.weight = nn.Parameter(weight.to(mesh.device, dtype))
+        self.bias = nn.Parameter(torch.zeros(1, device=mesh.device, dtype=dtype))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden_size] -> [...]"""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).squeeze(-1)
+
+
+def make_norm(config: DecoderConfig, dtype: torch.dtype) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, config.norm_eps, dtype)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+
+
+def make_embedding(num_rows: int, hidden_size: int, dtype: torch.dtype) -> nn.Module:
+    return nn.Embedding(num_rows, hidden_size, _weight=torch.empty(num_rows, hidden_size, dtype=dtype))
+
+
+@torch.no_grad()
+def initialise(decoder: Decoder, config: DecoderConfig, seed: int) -> None:
+    """GPT-2's initialisation: normal matrices, the two that write to the residual stream divided by sqrt(2 layers)."""
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif "norm" in name:
+            parameter.fill_(1)
+        else:
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            residual = name.endswith(("attn_out.weight", "ffn_out.weight"))
+            std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    for weight in {decoder.embedding.weight, decoder.lm_head_weight}:
+        weight[config.vocab_size :] = 0  # padded rows
