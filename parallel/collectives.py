@@ -1,0 +1,124 @@
+"""Counted collectives: the only calls of torch.distributed beside the making of process groups.
+
+Each function takes the axis that it runs over, is the identity at size 1, and adds the bytes that a ring algorithm
+sends per rank to `traffic()`: (size - 1) / size of the full tensor for a gather or a broadcast, twice that for a sum.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ROLL_CALL_SECONDS = 3.0  # after a failed collective: how long the other ranks may take to say that they are alive
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+_traffic: Counter[tuple[str, str]] = Counter()  # bytes sent by this rank, by (axis name, operation)
+
+
+class RankError(RuntimeError):
+    """An error that is known on every rank; its message names the rank where it happened."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the mesh: `size` ranks that work on the same thing in the same way, this one being `rank`."""
+
+    name: str
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None = field(default=None, repr=False)  # None: all processes
+    store: dist.Store | None = field(default=None, repr=False)  # where ranks answer the roll call
+
+
+def traffic() -> dict[tuple[str, str], int]:
+    """Bytes that this rank has sent since the process began, by (axis name, operation), under a ring algorithm."""
+    return dict(_traffic)
+
+
+def all_reduce_(x: Tensor, axis: Axis, op: str = "sum") -> None:
+    """Replaces x by its sum (or max, or min) over the axis. Ring bytes: 2 (size - 1) / size of x."""
+    all_reduce_async_(x, axis, op).wait()
+
+
+def all_reduce_async_(x: Tensor, axis: Axis, op: str = "sum") -> "Pending":
+    """Starts `all_reduce_`; x is neither read nor written until `wait` of the result returns."""
+    if axis.size == 1:
+        return Pending(None, axis, "all_reduce")
+    _count(axis, "all_reduce", 2 * x.nbytes)
+    with name_lost_ranks(axis, "all_reduce"):
+        work = dist.all_reduce(x, getattr(dist.ReduceOp, op.upper()), group=axis.group, async_op=True)
+    return Pending(work, axis, "all_reduce")
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """The pieces of all ranks behind one another: [n, ...] -> [size * n, ...], n being equal on all ranks."""
+    if axis.size == 1:
+        return x.clone()
+    x = x.contiguous()
+    full = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    _count(axis, "all_gather", full.nbytes)
+    with name_lost_ranks(axis, "all_gather"):
+        _all_gather(_as_bytes(full), _as_bytes(x), group=axis.group)
+    return full
+
+
+def broadcast_(x: Tensor, axis: Axis) -> None:
+    """Replaces x by that of the axis's first rank."""
+    if axis.size > 1:
+        _count(axis, "broadcast", x.nbytes)
+        with name_lost_ranks(axis, "broadcast"):
+            dist.broadcast(_as_bytes(x), group=axis.group, group_src=0)
+
+
+@dataclass
+class Pending:
+    """A collective under way."""
+
+    work: dist.Work | None
+    axis: Axis
+    op: str
+
+    def wait(self) -> None:
+        """Returns when the result may be used (on a GPU: by the work that is queued from now on)."""
+        if self.work is not None:
+            with name_lost_ranks(self.axis, self.op):
+                self.work.wait()
+
+
+@contextlib.contextmanager
+def name_lost_ranks(axis: Axis, op: str):
+    """Turns the failure of a collective into a RankError that names the ranks which are no longer there.
+
+    A dead peer shows as a closed connection whose owner is not known. So every rank that sees the failure leaves a
+    mark in the store, and those without one after a few seconds are the lost ones.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if axis.store is None:
+            raise RankError(f"{op} over {axis.name} failed, a rank is lost: {reason}") from error
+        world = range(dist.get_world_size())
+        lost, deadline = list(world), time.monotonic() + ROLL_CALL_SECONDS
+        try:
+            axis.store.set(f"alive/{dist.get_rank()}", "1")
+            while lost and time.monotonic() < deadline:
+                lost = [rank for rank in lost if not axis.store.check([f"alive/{rank}"])]
+                time.sleep(0.05)
+        except RuntimeError:  # the store lived in the lost process
+            lost = [0]
+        who = f"no sign of life from rank {', '.join(map(str, lost))}" if lost else "all ranks are still alive"
+        raise RankError(f"{op} over {axis.name} failed, {who}: {reason}") from error
+
+
+def _count(axis: Axis, op: str, nbytes: int) -> None:
+    _traffic[axis.name, op] += nbytes * (axis.size - 1) // axis.size
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """Booleans as bytes: moved, never summed."""
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
