@@ -11,7 +11,7 @@ from which, once the shards are merged (`parallel.tensor.vocab_parallel_logprobs
 """
 
 import torch
-from torch import Tensor
+
 
 CHUNK_ELEMENTS = 1 << 23  # logits of one chunk: 32 MiB in float32
 
@@ -84,8 +84,8 @@ class LinearLogprobs(torch.autograd.Function):
 def linear_logprobs(hidden, weight, token_ids, bias=None, temperature=1.0, vocab_start=0, vocab_size=None):
     """What one vocabulary shard knows of each token's log-probability and entropy, differentiable.
 
-    Args: vocab_start: first token id of this shard. vocab_size: ids of the whole vocabulary; rows of the shard beyond it
-        are padding and take no part (default: no padding).
+    Args: vocab_start: first token id of this shard. vocab_size: ids of the whole vocabulary; rows of the shard beyond
+        it are padding and take no part (default: no padding).
     Shapes: hidden [tokens, hidden_size], weight [vocab / tp, hidden_size], bias [vocab / tp], token_ids [tokens]
     Returns: (max, sum of exp, target logit, weighted sum), each [tokens], in float32 or float64; the target logit is 0
         where another shard holds the token; no gradient flows through max.

@@ -1,7 +1,7 @@
 """Sampling with a KV cache: one length per sequence, finished slots refilled, noise that is a function of the token.
 
-The uniform that decides a token depends on (seed, stream, sample, position) alone, so what is sampled depends neither on
-batch order, batch composition and refill order nor on the number of ranks; the logits do only by rounding.
+The uniform that decides a token depends on (seed, stream, sample, position) alone, so what is sampled depends neither
+on batch order, batch composition and refill order nor on the number of ranks; the logits do only by rounding.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Sampling:
     top_k: int = 0
     """draw from the k likeliest tokens; 0 = all"""
     top_p: float = 1.0
-    """draw from the likeliest tokens whose probabilities sum to at least this (Holtzman et al. 2020, arXiv 1904.09751)"""
+    """draw from the likeliest tokens whose probabilities sum to this (Holtzman et al. 2020, arXiv 1904.09751); 1 = all"""
     max_new_tokens: int = 9
     """response length limit, in tokens, the EOS included"""
     stop: tuple[str, ...] = ()

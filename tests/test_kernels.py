@@ -1,0 +1,135 @@
+"""The PyTorch references in kernels/ against float64 formulas written out plainly."""
+
+import pytest
+import torch
+
+from kernels import linear_logprobs as linear_logprobs_file
+from kernels.attention import EXPLICIT_MAX_LEN, Visible, attention
+from kernels.decode import decode_attention, decode_bias
+from kernels.linear_logprobs import linear_logprobs
+
+
+def plain_attention(q, k, v, first_key, window):
+    """One query, one head at a time. Shapes: [batch, seq_len, heads, head_dim]"""
+    out = torch.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            for t in range(q.shape[1]):
+                start = int(first_key[b, t]) if window is None else max(int(first_key[b, t]), t - window + 1)
+                keys, values = k[b, start : t + 1, h // group], v[b, start : t + 1, h // group]
+                probs = (keys @ q[b, t, h] / q.shape[3] ** 0.5).softmax(0)
+                out[b, t, h] = probs @ values
+    return out
+
+
+@pytest.mark.parametrize("seq_len", [7, EXPLICIT_MAX_LEN + 3], ids=["explicit", "fused"])
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_matches_float64_loops(seq_len, num_kv_heads, window):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, seq_len, heads, 6) for heads in (4, num_kv_heads, num_kv_heads)]
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    first_key = torch.zeros(2, seq_len, dtype=torch.long)
+    first_key[1, 2:] = 2  # two documents in the second row
+    first_key[1, 5:] = 5
+    grad = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    expected = plain_gradients([x.clone().requires_grad_() for x in (q, k, v)], first_key, window, grad)
+    expected[0] = plain_attention(q, k, v, first_key, window)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        out = attention(*inputs, Visible(first_key, window))
+        out.backward(grad.to(dtype))
+        actual = [out.detach(), *(x.grad for x in inputs)]
+        for name, a, e in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def plain_gradients(inputs, first_key, window, grad):
+    """Output and input gradients by autograd through a masked softmax over all keys."""
+    q, k, v = inputs
+    group = q.shape[2] // k.shape[2]
+    position = torch.arange(q.shape[1])
+    earliest = first_key if window is None else torch.maximum(first_key, position - window + 1)
+    seen = (position >= earliest[:, :, None]) & (position <= position[:, None])  # [batch, query, key]
+    k_all, v_all = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k_all) / q.shape[3] ** 0.5
+    probs = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    out = torch.einsum("bhqk,bkhd->bqhd", probs, v_all)
+    out.backward(grad)
+    return [out.detach(), q.grad, k.grad, v.grad]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_decode_attention_matches_last_row_of_attention(window):
+    generator = torch.Generator().manual_seed(1)
+    lens = torch.tensor([1, 4, 9])
+    q = torch.randn(3, 9, 4, 6, generator=generator, dtype=torch.float64)
+    k, v = (torch.randn(3, 9, 2, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected = plain_attention(q, k, v, torch.zeros(3, 9, dtype=torch.long), window)
+    last = q[torch.arange(3), lens - 1]  # [3, heads, head_dim]
+    cache = [torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 0, 2), value=torch.nan) for x in (k, v)]
+    for x in cache:
+        for i, n in enumerate(lens):
+            x[i, :, n:] = 7.0  # what a longer sequence left in the slot
+    out = decode_attention(last, cache[0], cache[1], decode_bias(lens, 11, window))
+    torch.testing.assert_close(out, expected[torch.arange(3), lens - 1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("chunk_elements", [1 << 23, 40], ids=["one-chunk", "chunks"])
+def test_linear_logprobs_matches_log_softmax(temperature, with_bias, chunk_elements, monkeypatch):
+    monkeypatch.setattr(linear_logprobs_file, "CHUNK_ELEMENTS", chunk_elements)
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    hidden, weight, token_ids = draw(9, 5) * 4, draw(16, 5), torch.tensor([0, 12, 3, 3, 7, 1, 2, 12, 11])
+    bias = draw(16) if with_bias else None
+    vocab_size = 13  # 3 padded rows
+    grads = draw(2, 9)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        inputs = [x.to(dtype).requires_grad_() if x is not None else None for x in (hidden, weight, bias)]
+        logits = inputs[0].double() @ inputs[1].double().t() + (inputs[2].double() if with_bias else 0)
+        log_probs = (logits[:, :vocab_size] / temperature).log_softmax(1)
+        expected = log_probs.gather(1, token_ids[:, None])[:, 0], -(log_probs.exp() * log_probs).sum(1)
+        real = [x for x in inputs if x is not None]
+        expected_grads = torch.autograd.grad((expected[0] * grads[0] + expected[1] * grads[1]).sum(), real)
+        m, s, z, t = linear_logprobs(inputs[0], inputs[1], token_ids, inputs[2], temperature, vocab_size=vocab_size)
+        actual = z - m - s.log(), s.log() - t / s
+        actual_grads = torch.autograd.grad((actual[0] * grads[0] + actual[1] * grads[1]).sum(), real)
+        for a, e in zip((*actual, *actual_grads), (*expected, *expected_grads), strict=True):
+            torch.testing.assert_close(a.double(), e.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_linear_logprobs_of_shards_merges_to_the_whole():
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(12, 4, generator=generator, dtype=torch.float64)
+    token_ids = torch.tensor([0, 5, 6, 9, 3, 8])
+    vocab_size = 10
+    shards = [linear_logprobs(hidden, weight[i : i + 6], token_ids, None, 1.0, i, vocab_size) for i in (0, 6)]
+    largest = torch.maximum(shards[0][0], shards[1][0])
+    scales = [(m - largest).exp() for m, *_ in shards]
+    total = sum(c * s for c, (_, s, _, _) in zip(scales, shards, strict=True))
+    weighted = sum(c * (t + (m - largest) * s) for c, (m, s, _, t) in zip(scales, shards, strict=True))
+    logprob = sum(z for _, _, z, _ in shards) - largest - total.log()
+    log_probs = (hidden @ weight[:vocab_size].t()).log_softmax(1)
+    torch.testing.assert_close(logprob, log_probs.gather(1, token_ids[:, None])[:, 0])
+    torch.testing.assert_close(total.log() - weighted / total, -(log_probs.exp() * log_probs).sum(1))
+
+
+def test_linear_logprobs_survives_extreme_logits():
+    hidden = torch.tensor([[1e4, -1e4], [0.0, 0.0]])
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    m, s, z, t = linear_logprobs(hidden, weight, torch.tensor([0, 2]))
+    torch.testing.assert_close(z - m - s.log(), torch.tensor([0.0, -torch.log(torch.tensor(3.0))]))
+    torch.testing.assert_close(s.log() - t / s, torch.tensor([0.0, torch.log(torch.tensor(3.0))]))
+
+
+def test_linear_logprobs_stores_no_vocabulary_sized_tensor():
+    """The saved tensors of a [1000, 3000] product are the inputs and one number per token."""
+    hidden, weight = torch.randn(1000, 8, requires_grad=True), torch.randn(3000, 8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        linear_logprobs(hidden, weight, torch.zeros(1000, dtype=torch.long))
+    assert max(saved) <= 3000 * 8, saved
