@@ -162,8 +162,10 @@ class KVCache:
     def step(self, lens: Tensor) -> None:
         """The next forward holds one new token of each of the first len(lens) slots."""
         self.slots, self.lens = slice(len(lens)), lens
-        self.rows = torch.arange(len(lens), device=lens.device)
         self.visible_len = int(lens.max()) + 1
+        _, _, num_kv_heads, max_len, _ = self.keys.shape
+        head_rows = torch.arange(len(lens) * num_kv_heads, device=lens.device) * max_len  # [slots * kv_heads]
+        self.places = head_rows + lens.repeat_interleave(num_kv_heads)  # where each head's new key goes
         self.bias: dict[int | None, Tensor] = {}  # by window
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
@@ -181,8 +183,8 @@ class KVCache:
             keys[self.slots, :, : k.shape[1]] = k.transpose(1, 2)
             values[self.slots, :, : v.shape[1]] = v.transpose(1, 2)
             return attention(q, k, v, visible)
-        keys[self.rows, :, self.lens] = k[:, 0]
-        values[self.rows, :, self.lens] = v[:, 0]
+        for stored, new in ((keys, k), (values, v)):
+            stored.view(-1, stored.shape[-1]).index_copy_(0, self.places, new.reshape(-1, new.shape[-1]))
         window = visible.window
         if window not in self.bias:
             self.bias[window] = decode_bias(self.lens + 1, self.visible_len, window)
