@@ -1,0 +1,245 @@
+"""Data parallelism: replicas see different rows, and their gradients are summed while the backward pass still runs.
+
+Parameters are moved into flat units, one per layer, which are at once what is reduced, what the optimizer steps over
+and what a checkpoint reads. A unit holds parameters of one type that are all trainable or all frozen:
+
+    flat       every parameter of the unit, contiguous; each `parameter.data` is a view of it
+    flat_grad  their gradients in float32 (float64 for float64 parameters), each `parameter.grad` a view; None if frozen
+
+Gradients are summed, never averaged: a loss carries 1 / num_tokens of the whole batch (see the scripts), so neither
+the number of replicas nor that of micro-batches changes a gradient.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import Pending, RankError, all_gather, all_reduce_, all_reduce_async_
+from parallel.mesh import Layout, Mesh
+
+ALIGNMENT = 64  # entries; every parameter begins at a multiple, as fast matrix products on any device want it
+HASH_BLOCK = 1 << 20  # entries
+
+
+class Unit:
+    """Some parameters of one role, of one type and all trainable or all frozen, in one contiguous tensor.
+
+    Matrices lie before vectors, so that weight decay, which is for matrices, is one slice: flat[:num_decayed].
+    """
+
+    def __init__(self, name: str, parameters: dict[str, nn.Parameter]):
+        ordered = sorted(parameters.items(), key=lambda item: item[1].dim() < 2)  # stable
+        self.name = name
+        self.names = [name for name, _ in ordered]
+        self.parameters = [parameter for _, parameter in ordered]
+        self.shapes = [parameter.shape for parameter in self.parameters]
+        self.offsets = []
+        size = self.num_decayed = 0
+        for parameter in self.parameters:
+            self.offsets.append(size)
+            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            if parameter.dim() >= 2:
+                self.num_decayed = size
+        first = self.parameters[0]
+        self.trainable = first.requires_grad
+        self.flat = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self.flat_grad: Tensor | None = None
+        if self.trainable:
+            grad_dtype = torch.promote_types(first.dtype, torch.float32)
+            self.flat_grad = torch.zeros(size, dtype=grad_dtype, device=first.device)
+        for i, parameter in enumerate(self.parameters):
+            view = self.view(self.flat, i)
+            view.copy_(parameter.data)
+            parameter.data = view
+            if self.flat_grad is not None:
+                if parameter.dtype != self.flat_grad.dtype:
+                    parameter.grad_dtype = self.flat_grad.dtype  # autograd then accumulates in it
+                parameter.grad = self.view(self.flat_grad, i)
+
+        # of the reduction under way
+        self.num_unfinished = 0  # parameters whose gradient is not complete
+        self.pending: Pending | None = None
+        self.bucket: Tensor | None = None  # what is being reduced: flat_grad, or its copy in bfloat16
+        self.local_sum: Tensor | None = None  # of this rank's flat_grad before the reduction: finite or not
+
+    def view(self, flat: Tensor, i: int) -> Tensor:
+        """The part of a tensor laid out like `flat` that belongs to the i-th parameter, in its shape."""
+        return flat[self.offsets[i] : self.offsets[i] + self.shapes[i].numel()].view(self.shapes[i])
+
+
+class DataParallel:
+    """The roles of a script over data-parallel replicas; `units` in the order in which modules were registered.
+
+    Every trainable parameter's last gradient of a step fires a hook; a unit whose parameters have all fired is reduced
+    at once, while the backward pass goes on to earlier layers. Units are launched in one fixed order, the reverse of
+    registration, on all ranks, whatever the order in which they become ready.
+    Communication: one all-reduce of each trainable unit's gradients over dp per optimizer step; at construction one
+    all-reduce of [2 * units] hashes.
+    Raises: RankError if the replicas do not begin with equal weights.
+    """
+
+    def __init__(self, roles: dict[str, nn.Module], mesh: Mesh, layout: Layout):
+        self.roles = roles
+        self.mesh = mesh
+        self.reduce_in_bfloat16 = layout.reduce_dtype == "bfloat16"
+        self.grad_norm: float | None = None  # set by clip_grad_norm, read by the optimizer
+        self.grad_divisor = 1.0
+        self.units = make_units(roles)
+        self._order = [unit for unit in reversed(self.units) if unit.trainable]
+        self._num_launched = 0
+        self._syncing = False
+        if mesh.dp.size > 1:
+            check_replicas_equal(self.units, mesh)
+            for unit in self._order:
+                for parameter in unit.parameters:
+                    parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, unit))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Full names, <role>.<name in its module>, and parameters; a tied one appears once."""
+        for unit in self.units:
+            yield from zip(unit.names, unit.parameters, strict=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Trainable parameters by full name, as views; what is frozen comes from where it was loaded."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Copies the parameters of a `state_dict`; other entries are ignored. Raises: ValueError naming a misfit."""
+        for name, parameter in self.state_dict().items():
+            parameter.copy_(saved_tensor(tensors, name, parameter.shape))
+
+    def zero_grad(self) -> None:
+        """Gradients to 0, in place: they stay views of their units."""
+        self.grad_norm = None
+        for unit in self._order:
+            unit.flat_grad.zero_()
+
+    def start_sync(self) -> None:
+        """To be called before the last backward pass of a step: from now on a finished unit is reduced."""
+        for unit in self._order:
+            unit.num_unfinished = len(unit.parameters)
+            for name, parameter, offset in zip(unit.names, unit.parameters, unit.offsets, strict=True):
+                place = unit.flat_grad.data_ptr() + offset * unit.flat_grad.itemsize
+                assert parameter.grad is not None and parameter.grad.data_ptr() == place, (
+                    f"{name}.grad was replaced: clear gradients with DataParallel.zero_grad only"
+                )
+        self._syncing = True
+        self._num_launched = 0
+
+    def finish_sync(self) -> None:
+        """Reduces what the backward pass did not reach (unused parameters) and returns when all sums are there."""
+        assert self._syncing, "finish_sync without start_sync"
+        self._syncing = False
+        if self.mesh.dp.size == 1:
+            return
+        for unit in self._order[self._num_launched :]:
+            self._launch(unit)
+        for unit in self._order:
+            unit.pending.wait()
+            if unit.bucket is not unit.flat_grad:
+                unit.flat_grad.copy_(unit.bucket)
+            unit.pending = unit.bucket = None
+
+    def _on_gradient(self, unit: Unit, parameter: nn.Parameter) -> None:
+        """The hook: a parameter's gradient is complete, shared uses included."""
+        if not self._syncing:
+            return
+        unit.num_unfinished -= 1
+        while self._num_launched < len(self._order) and self._order[self._num_launched].num_unfinished == 0:
+            self._launch(self._order[self._num_launched])
+            self._num_launched += 1
+
+    def _launch(self, unit: Unit) -> None:
+        unit.local_sum = unit.flat_grad.sum()
+        unit.bucket = unit.flat_grad.bfloat16() if self.reduce_in_bfloat16 else unit.flat_grad
+        unit.pending = all_reduce_async_(unit.bucket, self.mesh.dp)
+
+
+def data_parallel(roles: dict[str, nn.Module], mesh: Mesh, layout: Layout) -> DataParallel:
+    """Moves the parameters of all roles into flat units and keeps the replicas' gradients equal."""
+    return DataParallel(roles, mesh, layout)
+
+
+def make_units(roles: dict[str, nn.Module]) -> list[Unit]:
+    """Units of every role: what is registered before `layers`, each layer, what comes after.
+
+    Trainable and frozen parameters, and parameters of different types, lie in different units.
+    A parameter used twice belongs to the unit of its first use.
+    """
+    groups: dict[tuple, dict[str, nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for role, module in roles.items():
+        layered = isinstance(getattr(module, "layers", None), nn.ModuleList)
+        section = f"{role}.input" if layered else role
+        for name, parameter in module.named_parameters():
+            if layered and name.startswith("layers."):
+                section = ".".join([role, *name.split(".")[:2]])  # <role>.layers.<i>
+            elif layered and section != f"{role}.input":
+                section = f"{role}.output"
+            if parameter not in seen:
+                seen.add(parameter)
+                key = (section, parameter.requires_grad, parameter.dtype)
+                groups.setdefault(key, {})[f"{role}.{name}"] = parameter
+    return [Unit(section, parameters) for (section, _, _), parameters in groups.items()]
+
+
+def saved_tensor(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    """tensors[name], if it is there and of this shape; else ValueError."""
+    if name not in tensors:
+        raise ValueError(f"the checkpoint has no tensor {name}: it belongs to another model or was saved without it")
+    if tensors[name].shape != shape:
+        raise ValueError(
+            f"{name} is {list(tensors[name].shape)} in the checkpoint but {list(shape)} here: it is of another model"
+        )
+    return tensors[name]
+
+
+@torch.no_grad()
+def check_replicas_equal(units: list[Unit], mesh: Mesh) -> None:
+    """Raises RankError naming the first unit whose bits are not the same on all replicas."""
+    hashes = torch.stack([_hash(unit.flat) for unit in units])  # [units]
+    bounds = torch.cat([hashes, ~hashes])  # ~ reverses the order of integers: one maximum gives both bounds
+    all_reduce_(bounds, mesh.dp, "max")
+    largest, smallest = bounds[: len(units)], ~bounds[len(units) :]
+    for unit, differs in zip(units, (largest != smallest).tolist(), strict=True):
+        if differs:
+            raise RankError(
+                f"the {mesh.dp.size} replicas begin with different weights in {unit.name} ({unit.names[0]}, ...): "
+                "build every replica from the same files and the same seed"
+            )
+
+
+@torch.no_grad()
+def describe_nonfinite(model: DataParallel, mesh: Mesh) -> str:
+    """Which parameters have a NaN or infinite gradient, and from which ranks it came.
+
+    Communication: one all-gather of [units] sums over dp.
+    """
+    bad = []  # (full name, position of its unit)
+    trainable = [unit for unit in model.units if unit.trainable]
+    for i, unit in enumerate(trainable):
+        for j, name in enumerate(unit.names):
+            if not unit.view(unit.flat_grad, j).isfinite().all():
+                bad.append((name, i))
+    if not bad:
+        return "every gradient is finite"
+    sums = [unit.flat_grad.sum() if unit.local_sum is None else unit.local_sum for unit in trainable]
+    sums = all_gather(torch.stack([x.double() for x in sums])[None], mesh.dp)  # [dp, units]
+    nonfinite = ~sums[:, sorted({i for _, i in bad})].isfinite()
+    ranks = nonfinite.any(1).nonzero().flatten().tolist()
+    name, more = bad[0][0], f" and {len(bad) - 1} more parameters" if len(bad) > 1 else ""
+    where = f"on rank {', '.join(map(str, ranks))}" if ranks else "in the sum over ranks, finite on each"
+    return f"non-finite gradient of {name}{more}, {where}"
+
+
+def _hash(flat: Tensor) -> Tensor:
+    """An int64 of the bits and their places."""
+    bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    weights = torch.arange(1, HASH_BLOCK + 1, device=flat.device) * 0x9E3779B97F4A7C1 | 1  # odd: no bit is lost
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for block in bits.split(HASH_BLOCK):
+        total = total * 0x100000001B3 + (block.long() * weights[: len(block)]).sum()  # modulo 2^64
+    return total

@@ -1,0 +1,195 @@
+"""AdamW over flat units, the norm of all gradients, and the course of the learning rate."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import RankError
+from parallel.data_parallel import DataParallel, Unit, describe_nonfinite, saved_tensor
+from parallel.mesh import Mesh
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+MAX_SKIPPED = 5  # steps skipped in a row before the run is given up
+NORM_BLOCK = 1 << 16  # entries turned into float64 at a time on a CPU: they stay in its cache
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Flags of the optimizer, alike in every script."""
+
+    lr: float = 3e-4
+    """learning rate after warm-up"""
+    schedule: Schedule = "constant"
+    """course of the learning rate after warm-up; linear and cosine end at 0 with the run's last step"""
+    warmup_steps: int = 0
+    """optimizer steps over which the learning rate rises from 0"""
+    weight_decay: float = 0.0
+    """decoupled, of matrices only; times the learning rate per step (Loshchilov and Hutter 2019)"""
+    max_grad_norm: float = 1.0
+    """L2 norm over all gradients to which they are scaled down; 0 = no clipping"""
+
+    def lr_multiplier(self, step: int, total_steps: int) -> float:
+        return lr_multiplier(step, self.schedule, self.warmup_steps, total_steps)
+
+
+def lr_multiplier(step: int, schedule: Schedule, warmup_steps: int, total_steps: int) -> float:
+    """What the learning rate is multiplied by in the step after `step` finished ones; 1 at most.
+
+    It rises linearly over warmup_steps, then stays (constant) or falls to 0 at total_steps (linear, cosine).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min((step - warmup_steps) / max(total_steps - warmup_steps, 1), 1.0)
+    return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def clip_grad_norm(model: DataParallel, max_norm: float, mesh: Mesh) -> float:
+    """L2 norm of all gradients, squares summed in float64; the optimizer then divides by max(1, norm / max_norm).
+
+    The gradients themselves are left as they are: the optimizer's own pass scales them. max_norm 0 clips nothing.
+    Communication: none, since the reduced gradients are the same bits on every replica.
+    Returns: the norm before clipping, the same on all ranks, NaN or infinite if a gradient is.
+    Source: Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
+    """
+    squares = [sum_of_squares(unit.flat_grad) for unit in model.units if unit.trainable]
+    model.grad_norm = math.sqrt(torch.stack(squares).sum().item())
+    model.grad_divisor = max(1.0, (model.grad_norm + 1e-6) / max_norm) if max_norm else 1.0
+    return model.grad_norm
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Sum of squares in float64, 0-dim, without a float64 copy of x.
+
+    On a CPU blocks of it are widened one by one: six times as fast as the norm that torch computes in float64.
+    """
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dtype=torch.float64) ** 2
+    total = torch.zeros((), dtype=torch.float64)
+    for block in x.split(NORM_BLOCK):
+        wide = block.double()
+        total += wide.dot(wide)
+    return total
+
+
+class AdamW:
+    """Adam with decoupled weight decay on matrices, over the flat units of a model, with float32 master weights.
+
+        m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2        (bias-corrected: m', v')
+        w <- w - lr weight_decay w - lr m' / (sqrt(v') + eps)
+
+    The master copy of bfloat16 parameters, m and v are float32; float32 and float64 parameters are their own master.
+    Args: lr: one for all, or one for each role that has trainable parameters.
+    Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
+    """
+
+    def __init__(
+        self,
+        model: DataParallel,
+        lr: float | dict[str, float],
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        self.model, self.betas, self.eps = model, betas, eps
+        self.units = [unit for unit in model.units if unit.trainable]
+        roles = {unit: unit.name.partition(".")[0] for unit in self.units}
+        missing = sorted(set(roles.values()) - set(lr)) if isinstance(lr, dict) else []
+        if missing:
+            raise ValueError(f"no learning rate for {', '.join(missing)}, which has trainable parameters")
+        self.steps = torch.zeros((), dtype=torch.float32, device=model.mesh.device)  # taken
+        self.num_skipped = 0  # in a row, until now
+        self.state: dict[Unit, dict[str, Tensor]] = {}
+        self._groups: dict[tuple, list[list[Tensor]]] = {}  # (lr, decay, dtype) -> weights, gradients, m, v
+        for unit in self.units:
+            grad = unit.flat_grad
+            master = unit.flat if unit.flat.dtype == grad.dtype else unit.flat.to(grad.dtype)
+            self.state[unit] = {"master": master, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
+            unit_lr = lr[roles[unit]] if isinstance(lr, dict) else lr
+            tensors = [master, grad, self.state[unit]["m"], self.state[unit]["v"]]
+            num_decayed = unit.num_decayed if weight_decay else 0
+            for decay, part in ((weight_decay, slice(num_decayed)), (0.0, slice(num_decayed, None))):
+                if grad[part].numel():
+                    group = self._groups.setdefault((unit_lr, decay, grad.dtype), [[], [], [], []])
+                    for column, tensor in zip(group, tensors, strict=True):
+                        column.append(tensor[part])
+
+    @torch.no_grad()
+    def step(self, lr_scale: float = 1.0) -> bool:
+        """One step with the gradients that `clip_grad_norm` has measured; afterwards they are no longer meaningful.
+
+        Args: lr_scale: what `lr_multiplier` gives.
+        Returns: False if the norm is not finite: then nothing has changed, on any rank.
+        Raises: RankError, naming parameter and rank, for the fifth such step in a row.
+        """
+        model = self.model
+        assert model.grad_norm is not None, "clip_grad_norm comes before step, and once for each"
+        if not math.isfinite(model.grad_norm):
+            self._skip()
+            return False
+        self.num_skipped = 0
+        self.steps += 1
+        divisor = None
+        if model.grad_divisor > 1:
+            divisor = torch.tensor(model.grad_divisor, dtype=torch.float32, device=self.steps.device)
+        for (lr, decay, _), (weights, grads, m, v) in self._groups.items():
+            torch._fused_adamw_(
+                weights,
+                grads,
+                m,
+                v,
+                [],
+                [self.steps] * len(weights),
+                lr=lr * lr_scale,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=decay,
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=divisor,
+            )
+        for unit in self.units:
+            if self.state[unit]["master"] is not unit.flat:
+                unit.flat.copy_(self.state[unit]["master"])
+        model.grad_norm = None
+        return True
+
+    def _skip(self) -> None:
+        """Warns for the first of a row of skipped steps, ends the run with the last."""
+        self.num_skipped += 1
+        if self.num_skipped in (1, MAX_SKIPPED):
+            culprit = describe_nonfinite(self.model, self.model.mesh)
+            if self.num_skipped == MAX_SKIPPED:
+                raise RankError(
+                    f"{MAX_SKIPPED} optimizer steps in a row skipped: {culprit}; "
+                    "lower the learning rate, or look at the data of this step"
+                )
+            if self.model.mesh.is_logger:
+                warnings.warn(f"optimizer step skipped on all ranks: {culprit}", stacklevel=3)
+        self.model.grad_norm = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """m, v and (of bfloat16 parameters) master as "<full name>|m" and so on, in full shapes, and the step count."""
+        tensors = {"optimizer|steps": self.steps}
+        for unit, state in self.state.items():
+            for key, flat in state.items():
+                if flat is not unit.flat:
+                    tensors |= {f"{name}|{key}": unit.view(flat, i) for i, name in enumerate(unit.names)}
+        return tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Continues where `state_dict` was taken, bit for bit; other entries are ignored.
+
+        Raises: ValueError naming a tensor that is missing or of another shape.
+        """
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(saved_tensor(tensors, name, tensor.shape))
