@@ -94,7 +94,8 @@ def name_lost_ranks(axis: Axis, op: str):
     """Turns the failure of a collective into a RankError that names the ranks which are no longer there.
 
     A dead peer shows as a closed connection whose owner is not known. So every rank that sees the failure leaves a
-    mark in the store, and those without one after a few seconds are the lost ones.
+    mark in the store, and those without one after a few seconds are named: the dead, and any that is still busy
+    with something else.
     """
     try:
         yield
@@ -111,7 +112,8 @@ def name_lost_ranks(axis: Axis, op: str):
                 time.sleep(0.05)
         except RuntimeError:  # the store lived in the lost process
             lost = [0]
-        who = f"no sign of life from rank {', '.join(map(str, lost))}" if lost else "all ranks are still alive"
+        ranks = ", ".join(map(str, lost))
+        who = f"no answer from rank {ranks} (dead, or busy elsewhere)" if lost else "though all ranks are alive"
         raise RankError(f"{op} over {axis.name} failed, {who}: {reason}") from error
 
 

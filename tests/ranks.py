@@ -99,13 +99,12 @@ def work(rank: int, world_size: int, store: str, pipe) -> None:
     while True:
         try:
             fn, args = pipe.recv()
-        except EOFError:
-            os._exit(0)
-        torch.manual_seed(0)
-        try:
+            torch.manual_seed(0)
             result = fn(*args)
             if world_size > 1:
                 dist.barrier()
             pipe.send((True, result))
+        except EOFError:
+            os._exit(0)
         except BaseException:
             pipe.send((False, traceback.format_exc()))
