@@ -1,0 +1,272 @@
+"""Supervised fine-tuning: the log-likelihood of demonstrations, token by token.
+
+For a demonstration y with loss on its tokens M (all but the first; of prompt + completion the completion; of messages the
+assistant's turns), a step over a batch of all ranks minimises
+
+    - (1 / N) sum over demonstrations, sum over t in M of log pi(y_t | y_<t),    N = number of loss tokens in the batch    (1)
+
+A mean over the tokens of the whole batch, so that neither micro-batch size, packing nor layout changes a gradient
+(averaging per micro-batch, as many do, weighs a token by the company it keeps).
+
+    torchrun sft.py
+    torchrun --nproc-per-node 2 sft.py --model FOLDER --data train.jsonl --eval-data valid.jsonl
+
+The first command clones the embedded task's random walks; eval_loss falls from 3.1 to about 0.66 nats per token.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+
+from parallel.checkpoint import load_decoder, load_training_state, save_decoder, save_training_state
+from parallel.data import check_vocabulary, load_rows, load_tokenizer, pack_batch, resolve_model, rows_at, sft_examples
+from parallel.data_parallel import data_parallel
+from parallel.mesh import Layout, init_mesh
+from parallel.optim import AdamW, Optim, clip_grad_norm
+from parallel.pipeline import forward_backward
+from parallel.run import Run, launch
+from parallel.tensor import hidden_before, vocab_parallel_logprobs
+
+
+@dataclass
+class Args:
+    """Supervised fine-tuning. The defaults clone the embedded task's random walks."""
+
+    model: str = "tasks.random_walks:untrained_policy"
+    """Hugging Face folder, hub id, or module:function that returns a folder"""
+    tokenizer: str = ""
+    """folder or hub id (default: that of --model)"""
+    data: tuple[str, ...] = ("tasks.random_walks:walks",)
+    """demonstrations: JSONL or text files (plain or .gz), folders, hub names, or module:function; rows with `text`,
+    `prompt` and `completion`, or `messages`"""
+    eval_data: tuple[str, ...] = ()
+    """demonstrations of the evaluation, likewise (default: those of --data)"""
+    bos: bool = True
+    """begin each demonstration with the tokenizer's BOS, where it has one"""
+    eos: bool = True
+    """end each demonstration with the tokenizer's EOS"""
+    max_len: int = 0
+    """cut demonstrations to this many tokens; 0 = the model's context"""
+    packing: bool = True
+    """lay several demonstrations in a row, invisible to each other; otherwise one per row, padded"""
+    output_dir: str = ""
+    """run folder (default: the next free of runs/sft, runs/sft-2, ...)"""
+    resume: bool = False
+    """go on from the newest checkpoint of --output-dir (default: of the newest runs/sft*)"""
+    overwrite: bool = False
+    """replace the run that --output-dir holds"""
+    allow_change: tuple[str, ...] = ()
+    """flags that may differ from those of the resumed run, e.g. --allow-change optim.lr"""
+    seed: int = 1
+    """of the order of demonstrations"""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """of parameters and activations; the optimizer keeps a float32 copy of bfloat16 parameters"""
+    max_steps: int = 300
+    """optimizer steps; 0 evaluates and stops"""
+    eval_every: int = 100
+    """steps between evaluations"""
+    save_every: int = 100
+    """steps between checkpoints; the last two are kept"""
+    log_every: int = 10
+    """steps between progress lines where the output is not a terminal"""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """also log there; the package must be installed"""
+    batch_size: int = 100
+    """demonstrations of an optimizer step, over all ranks"""
+    microbatch_size: int = 100
+    """demonstrations of a forward and backward, per rank; changes memory and speed only"""
+    optim: Optim = field(default_factory=partial(Optim, lr=1e-3))
+    layout: Layout = field(default_factory=Layout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collate(examples):
+    """Right-padded fields of some examples, and their lengths: input_ids, loss_mask [batch, seq_len], seq_lens [batch]"""
+    seq_lens = torch.tensor([len(example.input_ids) for example in examples])
+    fields = {
+        "input_ids": torch.zeros(len(examples), int(seq_lens.max()), dtype=torch.long),
+        "loss_mask": torch.zeros(len(examples), int(seq_lens.max()), dtype=torch.bool),
+    }
+    for i, example in enumerate(examples):
+        fields["input_ids"][i, : seq_lens[i]] = torch.tensor(example.input_ids)
+        fields["loss_mask"][i, : seq_lens[i]] = torch.tensor(example.loss_mask, dtype=torch.bool)
+    return fields, seq_lens
+
+
+def make_microbatches(examples, args, device):
+    """Yields micro-batches of `microbatch_size` examples, packed or one per row."""
+    for i in range(0, len(examples), args.microbatch_size):
+        fields, seq_lens = collate(examples[i : i + args.microbatch_size])
+        microbatch = pack_batch(fields, seq_lens, torch.arange(len(seq_lens)), one_per_row=not args.packing)
+        yield {name: x.to(device) for name, x in microbatch.items()}
+
+
+def sft_loss(microbatch, policy, num_tokens):
+    """Negative log-likelihood of the loss tokens (eq. 1), in nats, divided by the batch's num_tokens."""
+    mask = microbatch["loss_mask"]
+    hidden = policy(microbatch["input_ids"], microbatch["position_ids"], microbatch["first_key"])
+    logprobs, _ = vocab_parallel_logprobs(hidden_before(hidden, mask), policy, microbatch["input_ids"][mask])
+    loss = -logprobs.sum() / num_tokens
+    return loss, {"loss": loss.detach()}
+
+
+@torch.no_grad()
+def evaluate(policy, examples, args, mesh):
+    """Nats per predicted token over all examples, and its exponential. Communication: two sums over dp."""
+    nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for microbatch in make_microbatches(examples[mesh.dp.rank :: mesh.dp.size], args, mesh.device):
+        nats += sft_loss(microbatch, policy, num_tokens=1)[0].double()
+    num_tokens = sum(sum(example.loss_mask) for example in examples)
+    loss = mesh.sum(nats, "dp").item() / num_tokens
+    return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_tokens": num_tokens}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """What a resumed run needs beside weights and optimizer state."""
+
+    step: int = 0
+    samples: int = 0  # demonstrations read, over all ranks
+    tokens: int = 0  # of those demonstrations
+    skipped_steps: int = 0  # for a non-finite gradient
+    best_loss: float = math.inf
+    seconds: float = 0.0  # of training
+
+
+def main(args: Args) -> None:
+    mesh = init_mesh(args.layout)
+    run = Run("sft", args, mesh)
+    if args.batch_size % mesh.dp.size:
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {mesh.dp.size} replicas")
+
+    # model and data
+    folder = resolve_model(args.model)
+    tokenizer = load_tokenizer(args.tokenizer or folder)
+    policy = load_decoder(folder, mesh, getattr(torch, args.dtype))
+    check_vocabulary(tokenizer, policy.config)
+    model = data_parallel({"policy": policy}, mesh, args.layout)
+    optimizer = AdamW(model, args.optim.lr, weight_decay=args.optim.weight_decay)
+    max_len = args.max_len or policy.config.max_seq_len
+    train = sft_examples(load_rows(args.data), tokenizer, args.bos, args.eos, max_len)
+    held_out = (
+        sft_examples(load_rows(args.eval_data), tokenizer, args.bos, args.eos, max_len) if args.eval_data else train
+    )
+
+    state = Progress()
+    saved = load_training_state(run.folder / "checkpoints", mesh) if run.resuming else None
+    if saved is not None:
+        tensors, meta = saved
+        model.load_state_dict(tensors)
+        optimizer.load_state_dict(tensors)
+        state = Progress(**meta["progress"])
+        run.truncate_metrics(state.step)
+    run.describe(
+        [
+            ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
+            ("parameters", f"{sum(p.numel() for p in policy.parameters()):,}, {args.dtype}"),
+            ("layout", f"{mesh.world_size} processes: dp {mesh.dp.size}, on {mesh.device}"),
+            (
+                "batch",
+                f"{args.batch_size} demonstrations a step = {mesh.dp.size} ranks x "
+                f"{math.ceil(args.batch_size / mesh.dp.size / args.microbatch_size)} micro-batches x "
+                f"{min(args.batch_size // mesh.dp.size, args.microbatch_size)} demonstrations",
+            ),
+            ("data", f"{len(train)} demonstrations, {len(held_out)} for evaluation, up to {max_len} tokens each"),
+        ]
+    )
+
+    def save_checkpoint():
+        tensors = {**model.state_dict(), **optimizer.state_dict()}
+        meta = {"progress": vars(state)}
+        save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
+
+    def evaluate_now():
+        metrics = evaluate(policy, held_out, args, mesh)
+        run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
+        run.note(
+            f"step {state.step}: eval_loss {metrics['eval_loss']:.5f} nats per token, "
+            f"perplexity {metrics['eval_perplexity']:.4f} over {metrics['eval_tokens']:,} tokens"
+        )
+        if metrics["eval_loss"] < state.best_loss and state.step > 0:
+            save_decoder(policy, run.folder / "best", mesh, tokenizer)
+        state.best_loss = min(state.best_loss, metrics["eval_loss"])
+
+    if saved is None:
+        evaluate_now()  # the baseline
+
+    while state.step < args.max_steps and not run.stop_requested():
+        started = time.perf_counter()
+        order = rows_at(state.samples, args.batch_size, len(train), args.seed)
+        batch = [train[i] for i in order]  # of all ranks
+        num_tokens = sum(sum(example.loss_mask) for example in batch)
+        share = args.batch_size // mesh.dp.size
+        mine = batch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
+
+        # update
+        model.zero_grad()
+        loss_fn = partial(sft_loss, policy=policy, num_tokens=num_tokens)
+        metrics = forward_backward(model, list(make_microbatches(mine, args, mesh.device)), loss_fn)
+        metrics["grad_norm"] = clip_grad_norm(model, args.optim.max_grad_norm, mesh)
+        scale = args.optim.lr_multiplier(state.step, args.max_steps)
+        if not optimizer.step(scale):
+            state.skipped_steps += 1
+
+        # log
+        seconds = time.perf_counter() - started
+        state.step += 1
+        state.samples += args.batch_size
+        state.tokens += sum(len(example.input_ids) for example in batch)
+        state.seconds += seconds
+        row = {
+            "event": "train",
+            "iteration": state.step,
+            "samples": state.samples,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+            "tokens_per_second": sum(len(example.input_ids) for example in batch) / seconds,
+            **metrics,
+            "lr": args.optim.lr * scale,
+            "skipped_steps": state.skipped_steps,
+        }
+        run.log(row)
+        run.progress(
+            state.step,
+            args.max_steps,
+            {
+                "tok/s": f"{row['tokens_per_second']:,.0f}",
+                "loss": f"{row['loss']:.4f}",
+                "grad_norm": f"{row['grad_norm']:.3f}",
+            },
+        )
+
+        # evaluate and save
+        last = state.step == args.max_steps
+        if last or state.step % args.eval_every == 0:
+            evaluate_now()
+            run.curves()
+        if last or state.step % args.save_every == 0:
+            save_checkpoint()
+
+    if run.stop_requested():
+        save_checkpoint()
+    elif state.step:
+        save_decoder(policy, run.folder / "model", mesh, tokenizer)
+    run.finish()
+    mesh.close()
+
+
+if __name__ == "__main__":
+    launch(main, Args)
