@@ -1,0 +1,194 @@
+"""Rewards: a Python function or an HTTP endpoint, called alike and checked alike.
+
+A reward maps samples to one number each, or (dense) to one list each with a number per response token. Whatever it
+gives is checked before it reaches the algorithm: nonsense is an error that names the sample.
+"""
+
+import http.client
+import json
+import math
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+
+from parallel.data import describe_error, load_object
+
+HTTP_BATCH = 64  # samples of a request
+HTTP_TRIES = 3
+HTTP_PAUSE = 1.0  # seconds before the second try, doubled before each further one
+HTTP_LAST_TRY = 30.0  # seconds after the first try in which another may begin
+SEARCH_SECONDS = 10.0  # spent on finding the sample on which a reward function raises
+
+
+@dataclass
+class Sample:
+    """A response to a prompt, as a reward sees it."""
+
+    prompt: str
+    response: str  # cut before a stop sequence, without the EOS
+    prompt_ids: list[int] = field(default_factory=list)
+    response_ids: list[int] = field(default_factory=list)  # all that was sampled
+    finished: bool = True  # ended by an EOS or a stop sequence, not by the length limit
+    metadata: dict = field(default_factory=dict)  # the other fields of the prompt's row
+
+
+Scores = list[float] | list[list[float]]
+Reward = Callable[[list[Sample]], Scores]
+
+
+def make_reward(spec: str, timeout: float = 12.0) -> Reward:
+    """The reward that a spec names: module:function, file.py:function, or an http(s) address.
+
+    Args: timeout: seconds in which an address must begin its answer, and then end it, at each of HTTP_TRIES tries.
+    Returns: samples -> one float each, or one list of floats each, as long as its response_ids.
+    Raises: ValueError or FileNotFoundError naming the spec; the reward itself: ValueError naming spec and sample.
+    """
+    if urllib.parse.urlsplit(spec).scheme in ("http", "https"):
+        return lambda samples: check_scores(ask_endpoint(spec, samples, timeout), samples, spec)
+    if Path(spec).is_dir():
+        raise ValueError(f"{spec} is a folder; a reward is module:function, file.py:function or an http(s) address")
+    function = load_object(spec)
+    if not callable(function):
+        raise ValueError(f"{spec} is {function!r:.80}, not a function")
+    return lambda samples: check_scores(call_function(function, samples, spec), samples, spec)
+
+
+def check_scores(scores, samples: list[Sample], source: str) -> Scores:
+    """The scores as plain floats. Raises: ValueError naming source and sample unless each sample has its number(s)."""
+    scores = scores.tolist() if hasattr(scores, "tolist") else scores  # arrays and tensors
+    if not isinstance(scores, list | tuple):
+        raise ValueError(f"reward {source} returned {scores!r:.80}, not a list of {len(samples)} numbers")
+    if len(scores) != len(samples):
+        lost = f"; {describe_sample(samples, len(scores))} has none" if len(scores) < len(samples) else ""
+        raise ValueError(f"reward {source} returned {len(scores)} values for {len(samples)} samples{lost}")
+
+    def number(value, where: str) -> float:
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(value, Real):
+            raise ValueError(f"reward {source} gave {value!r:.80}, not a number, {where}")
+        if not math.isfinite(value):
+            raise ValueError(f"reward {source} gave {value} {where}")
+        return float(value)
+
+    checked: list = []
+    for i, score in enumerate(scores):
+        score = score.tolist() if hasattr(score, "tolist") else score
+        of_sample = f"for {describe_sample(samples, i)}"
+        is_dense = isinstance(score, list | tuple)
+        if i and is_dense != isinstance(checked[0], list):
+            raise ValueError(f"reward {source} gave numbers for some samples and lists for others, first {of_sample}")
+        if not is_dense:
+            checked.append(number(score, of_sample))
+            continue
+        num_tokens = len(samples[i].response_ids)
+        if len(score) != num_tokens:
+            raise ValueError(
+                f"reward {source} gave {len(score)} numbers {of_sample}, whose response has {num_tokens} tokens"
+            )
+        checked.append([number(value, f"{of_sample}, response token {t}") for t, value in enumerate(score)])
+    return checked
+
+
+def describe_sample(samples: list[Sample], i: int) -> str:
+    def excerpt(text: str) -> str:
+        return repr(text if len(text) <= 60 else f"{text[:40]} ... {text[-15:]}")
+
+    return f"sample {i} (prompt {excerpt(samples[i].prompt)}, response {excerpt(samples[i].response)})"
+
+
+# --- a Python function ----------------------------------------------------------------------------------------------
+
+
+def call_function(function: Callable, samples: list[Sample], source: str):
+    """What the function returns. Raises: ValueError with the line that raised and the sample it raised on."""
+    try:
+        return function(samples)
+    except Exception as error:
+        culprit = find_culprit(function, samples)
+        code = getattr(function, "__code__", None)
+        reason = describe_error(error, code.co_filename if code else "")
+        raise ValueError(f"reward {source} raised {reason}, on {culprit}") from error
+
+
+def find_culprit(function: Callable, samples: list[Sample]) -> str:
+    """The first sample on which the function raises alone."""
+    deadline = time.monotonic() + SEARCH_SECONDS
+    for i, sample in enumerate(samples):
+        if time.monotonic() > deadline:
+            break
+        try:
+            function([sample])
+        except Exception:
+            return describe_sample(samples, i)
+    return (
+        f"{len(samples)} samples together, the first being {describe_sample(samples, 0)}" if samples else "no samples"
+    )
+
+
+# --- an HTTP endpoint -----------------------------------------------------------------------------------------------
+
+
+def ask_endpoint(url: str, samples: list[Sample], timeout: float) -> list:
+    """Posts {"samples": [{"prompt", "response", "metadata"}]} in batches and joins the {"rewards": [...]}.
+
+    Raises: ValueError naming the address, what it did, and the samples it was asked about.
+    """
+    rewards: list = []
+    for first in range(0, len(samples), HTTP_BATCH):
+        batch = samples[first : first + HTTP_BATCH]
+        fields = [{"prompt": s.prompt, "response": s.response, "metadata": s.metadata} for s in batch]
+        try:
+            body = json.dumps({"samples": fields}).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{describe_sample(samples, first)} or a later one: metadata is not JSON: {error}"
+            ) from error
+        about = f"asked about samples {first} to {first + len(batch) - 1}"
+        answer = post(url, body, timeout, about)
+        try:
+            values = json.loads(answer)["rewards"]
+        except (ValueError, TypeError, KeyError):
+            values = None
+        if not isinstance(values, list):
+            raise ValueError(f'reward {url}, {about}, answered {answer[:100]!r}, not {{"rewards": [...]}}')
+        if len(values) != len(batch):
+            raise ValueError(f"reward {url}, {about}, answered with {len(values)} values for {len(batch)} samples")
+        rewards += values
+    return rewards
+
+
+def post(url: str, body: bytes, timeout: float, about: str) -> bytes:
+    """The answer's body; tries again after a failure that may pass: no connection, no answer in time, 429, 5xx."""
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    began = time.monotonic()
+    for attempt in range(HTTP_TRIES):
+        if attempt:
+            time.sleep(HTTP_PAUSE * 2 ** (attempt - 1))
+            if time.monotonic() > began + HTTP_LAST_TRY:
+                break
+        num_tries, deadline = attempt + 1, time.monotonic() + timeout
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                chunks = []
+                while chunk := response.read1(1 << 16):
+                    chunks.append(chunk)
+                    if time.monotonic() > deadline:  # the socket's own timeout is for each piece
+                        raise TimeoutError
+                return b"".join(chunks)
+        except urllib.error.HTTPError as error:
+            reason = f"answered {error.code} {error.reason}: {error.read(100)!r}"
+            if error.code != 429 and error.code < 500:
+                break
+        except TimeoutError:
+            reason = f"gave no answer within {timeout:g} s"
+        except OSError as error:  # URLError and what sockets raise
+            inner = getattr(error, "reason", error)
+            reason = f"gave no answer within {timeout:g} s" if isinstance(inner, TimeoutError) else f"failed: {inner}"
+        except http.client.HTTPException as error:
+            reason = f"does not speak HTTP: {type(error).__name__}: {error}"
+    raise ValueError(f"reward {url}, {about}, {reason} ({num_tries} of {HTTP_TRIES} tries)")
