@@ -1,9 +1,9 @@
 """Supervised fine-tuning: the log-likelihood of demonstrations, token by token.
 
-For a demonstration y with loss on its tokens M (all but the first; of prompt + completion the completion; of messages the
-assistant's turns), a step over a batch of all ranks minimises
+For a demonstration y with loss on its tokens M (all but the first; of prompt + completion the completion; of messages
+the assistant's turns), a step over a batch of all ranks minimises, N being the number of loss tokens in the batch,
 
-    - (1 / N) sum over demonstrations, sum over t in M of log pi(y_t | y_<t),    N = number of loss tokens in the batch    (1)
+    - (1 / N) sum over demonstrations y, sum over t in M(y), of log pi(y_t | y_<t)                               (1)
 
 A mean over the tokens of the whole batch, so that neither micro-batch size, packing nor layout changes a gradient
 (averaging per micro-batch, as many do, weighs a token by the company it keeps).
@@ -89,7 +89,10 @@ class Args:
 
 
 def collate(examples):
-    """Right-padded fields of some examples, and their lengths: input_ids, loss_mask [batch, seq_len], seq_lens [batch]"""
+    """Right-padded fields of some examples and their lengths.
+
+    Returns: {"input_ids", "loss_mask"} [batch, seq_len], seq_lens [batch]
+    """
     seq_lens = torch.tensor([len(example.input_ids) for example in examples])
     fields = {
         "input_ids": torch.zeros(len(examples), int(seq_lens.max()), dtype=torch.long),

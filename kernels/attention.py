@@ -65,7 +65,7 @@ class ExplicitAttention(torch.autograd.Function):
     """Attention of short rows by batched products; by hand, since autograd would copy twice as much.
 
     With S = q k^T / sqrt(head_dim) + bias, P = softmax(S) and o = P v:
-    dv = P^T do,  dP = do v^T,  dS = P * (dP - rowsum(P * dP)),  dq = dS k / sqrt(head_dim),  dk = dS^T q / sqrt(head_dim).
+    dv = P^T do, dP = do v^T, dS = P * (dP - rowsum(P * dP)), dq = dS k / sqrt(head_dim), dk = dS^T q / sqrt(head_dim)
     """
 
     @staticmethod

@@ -12,7 +12,6 @@ from which, once the shards are merged (`parallel.tensor.vocab_parallel_logprobs
 
 import torch
 
-
 CHUNK_ELEMENTS = 1 << 23  # logits of one chunk: 32 MiB in float32
 
 

@@ -30,7 +30,7 @@ class Sampling:
     top_k: int = 0
     """draw from the k likeliest tokens; 0 = all"""
     top_p: float = 1.0
-    """draw from the likeliest tokens whose probabilities sum to this (Holtzman et al. 2020, arXiv 1904.09751); 1 = all"""
+    """draw from the likeliest tokens that together have this probability (Holtzman et al. 2020, 1904.09751); 1 = all"""
     max_new_tokens: int = 9
     """response length limit, in tokens, the EOS included"""
     stop: tuple[str, ...] = ()

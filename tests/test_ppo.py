@@ -102,7 +102,7 @@ def true_gradient(policy, ref_policy, responses, scores):
 
 
 def script_gradient(mesh, policy, ref_policy, responses, scores):
-    """The gradient that ppo.py's own functions give on the first minibatch, weighted by the responses' probabilities."""
+    """The gradient that ppo.py's functions give on the first minibatch, weighted by the responses' probabilities."""
     args = make_args(kl_coef=KL_COEF, gamma=1.0, gae_lambda=1.0)
     roles = {"policy": policy, "ref_policy": ref_policy}
     generation = make_generation([PROMPT] * len(responses), responses)
