@@ -190,5 +190,5 @@ def post(url: str, body: bytes, timeout: float, about: str) -> bytes:
             inner = getattr(error, "reason", error)
             reason = f"gave no answer within {timeout:g} s" if isinstance(inner, TimeoutError) else f"failed: {inner}"
         except http.client.HTTPException as error:
-            reason = f"does not speak HTTP: {type(error).__name__}: {error}"
+            reason = f"does not speak HTTP: {error!r}"
     raise ValueError(f"reward {url}, {about}, {reason} ({num_tries} of {HTTP_TRIES} tries)")
