@@ -198,6 +198,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.hf_config: dict = {}  # as read from config.json; what export writes again
+        self.generation_config: dict = {}  # likewise of generation_config.json
         self.source = ""  # folder or hub id that the weights came from
         with torch.device(mesh.device):
             self.embedding = make_embedding(config.padded_vocab_size, config.hidden_size, dtype)

@@ -1,0 +1,374 @@
+"""Weights in and out: Hugging Face folders, and the state that a resumed run goes on from.
+
+Every folder is written under another name and renamed when it is complete, so that a crash never leaves one that looks
+whole. Only rank 0 writes; an error there stops all ranks.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from parallel.families import config_from_hf, pieces
+from parallel.mesh import Mesh
+from parallel.model import Decoder
+
+FILE_BYTES = 5 << 30  # of one file of exported weights
+# buffers that files of some families hold, and heads that are no part of a decoder
+IGNORED = re.compile(r"(\.attn(ention)?\.(masked_)?bias|rotary_emb\.inv_freq|^score\.weight|^value_head\..*)$")
+
+# --- Hugging Face folders -------------------------------------------------------------------------------------------
+
+
+def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+    """A decoder from a Hugging Face folder or hub id, read tensor by tensor: no second copy of the model exists.
+
+    Communication: none; every rank reads what it needs.
+    Raises: FileNotFoundError or ValueError naming the file or tensor that does not fit.
+    """
+    folder = find_folder(path_or_id)
+    hf_config = read_json(folder / "config.json")
+    config, notes = config_from_hf(hf_config, f"{path_or_id}/config.json")
+    if notes and mesh.is_logger:
+        print(f"{path_or_id}: {', '.join(notes)}")
+    decoder = Decoder(config, mesh, dtype, seed=None)
+    decoder.hf_config, decoder.source = hf_config, str(path_or_id)
+    generation_config = folder / "generation_config.json"
+    decoder.generation_config = read_json(generation_config) if generation_config.exists() else {}
+    with WeightFiles(folder) as files, torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            read_parameter(files, name, parameter, decoder)
+        unknown = sorted(set(files.names()) - files.used - {n for n in files.names() if IGNORED.search(n)})
+        if config.tied_embeddings:
+            unknown = [name for name in unknown if name not in ("lm_head.weight", "embed_out.weight")]
+        if unknown:
+            raise ValueError(
+                f"{folder}: {len(unknown)} tensors have no place in a {hf_config['model_type']} of this config, "
+                f"the first being {unknown[0]}"
+            )
+    return decoder
+
+
+def find_folder(path_or_id: str) -> Path:
+    """A local folder, or the local copy of a hub id."""
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{folder} holds no config.json: it is no Hugging Face model folder")
+        return folder
+    if folder.exists() or path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1:
+        raise FileNotFoundError(f"{path_or_id} is no folder with a Hugging Face model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{path_or_id} is no folder here and cannot be fetched from the hub ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+class WeightFiles:
+    """The tensors of a folder's safetensors files, opened lazily: slices are views of the mapped file."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.used: set[str] = set()
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.exists():
+            files = sorted(set(read_json(index)["weight_map"].values()))
+        elif single.exists():
+            files = [single.name]
+        else:
+            pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+            if pickled:
+                raise ValueError(
+                    f"{folder}: {pickled[0]} is pickled, and loading it could run any code; convert it once where you "
+                    f"trust it: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
+                )
+            raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+        self.handles, self.place = [], {}
+        for file in files:
+            try:
+                handle = safe_open(folder / file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{folder / file} cannot be read: {error}") from error
+            self.handles.append(handle)
+            self.place |= dict.fromkeys(handle.keys(), handle)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handles, self.place = [], {}
+
+    def names(self) -> list[str]:
+        return list(self.place)
+
+    def find(self, name: str):
+        """The slice object of a tensor, also where a file leaves out the base model's prefix or renames the head."""
+        swapped = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
+        for candidate in (name, name.partition(".")[2], swapped.get(name)):
+            if candidate in self.place:
+                self.used.add(candidate)
+                return self.place[candidate].get_slice(candidate)
+        raise ValueError(f"{self.folder}: there is no tensor {name}, which config.json calls for")
+
+
+def read_parameter(files: WeightFiles, name: str, parameter: Tensor, decoder: Decoder) -> None:
+    """Fills a local tensor from its pieces; padded vocabulary rows become 0."""
+    num_rows = unpadded_rows(name, parameter, decoder)
+    parts = pieces(name, num_rows, decoder.config, decoder.hf_config["model_type"])
+    parameter[num_rows:] = 0
+    for hf_name in dict.fromkeys(piece.hf_name for piece in parts):
+        of_name = [piece for piece in parts if piece.hf_name == hf_name]
+        stored = files.find(hf_name)
+        expected = [sum(piece.size for piece in of_name), *parameter.shape[1:]]
+        expected = expected[::-1] if of_name[0].transposed else expected
+        if stored.get_shape() != expected:
+            raise ValueError(
+                f"{files.folder}: {hf_name} is {stored.get_shape()}, where config.json calls for {expected}"
+            )
+        for piece in of_name:
+            rows = slice(piece.hf_start, piece.hf_start + piece.size)
+            source = stored[:, rows].t() if piece.transposed else stored[rows]
+            parameter[piece.start : piece.start + piece.size].copy_(source)
+
+
+def unpadded_rows(name: str, parameter: Tensor, decoder: Decoder) -> int:
+    """Rows of a local tensor that exist in the files: vocabulary rows are padded here only."""
+    is_vocab = name.split(".")[0] in ("embedding", "lm_head")
+    return decoder.config.vocab_size if is_vocab else parameter.shape[0]
+
+
+def hf_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """The decoder's weights under their Hugging Face names and in their shapes, one tensor in memory at a time."""
+    for name, parameter in decoder.named_parameters():
+        num_rows = unpadded_rows(name, parameter, decoder)
+        parts = pieces(name, num_rows, decoder.config, decoder.hf_config["model_type"])
+        for hf_name in dict.fromkeys(piece.hf_name for piece in parts):
+            of_name = [piece for piece in parts if piece.hf_name == hf_name]
+            size = sum(piece.size for piece in of_name)
+            whole = torch.empty(size, *parameter.shape[1:], dtype=parameter.dtype)
+            for piece in of_name:
+                local = parameter.detach()[piece.start : piece.start + piece.size]
+                whole[piece.hf_start : piece.hf_start + piece.size] = local
+            yield hf_name, whole.t().contiguous() if of_name[0].transposed else whole
+
+
+def save_decoder(decoder: Decoder, folder: Path | str, mesh: Mesh, tokenizer=None) -> None:
+    """Writes a folder that plain AutoModelForCausalLM and AutoTokenizer open, replacing one that is there.
+
+    Communication: one barrier.
+    """
+
+    def write(temporary: Path) -> None:
+        config = {**decoder.hf_config, "dtype": str(decoder.embedding.weight.dtype).removeprefix("torch.")}
+        config.pop("torch_dtype", None)
+        write_json(temporary / "config.json", config)
+        if decoder.generation_config:
+            write_json(temporary / "generation_config.json", decoder.generation_config)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        groups: list[dict[str, Tensor]] = [{}]
+        sizes, weight_map = [0], {}
+        for name, tensor in hf_tensors(decoder):
+            if sizes[-1] and sizes[-1] + tensor.nbytes > FILE_BYTES:
+                save_file(groups[-1], temporary / f"part-{len(groups)}", {"format": "pt"})
+                groups[-1].clear()
+                groups.append({})
+                sizes.append(0)
+            groups[-1][name] = tensor
+            sizes[-1] += tensor.nbytes
+            weight_map[name] = len(groups)
+        save_file(groups[-1], temporary / f"part-{len(groups)}", {"format": "pt"})
+        if len(groups) == 1:
+            os.rename(temporary / "part-1", temporary / "model.safetensors")
+            return
+        file_of = {i: f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)}
+        for i, file in file_of.items():
+            os.rename(temporary / f"part-{i}", temporary / file)
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {n: file_of[i] for n, i in weight_map.items()}}
+        write_json(temporary / "model.safetensors.index.json", index)
+
+    write_folder(Path(folder), write, mesh)
+
+
+def save_heads(folder: Path | str, heads: dict[str, nn.Module], mesh: Mesh) -> None:
+    """Writes heads beside a model: heads.safetensors (<role>.<name>) and heads.json (role -> its tensors' shapes)."""
+    if not heads:
+        return
+
+    def write() -> None:
+        tensors = {
+            f"{role}.{n}": p.detach().clone() for role, head in heads.items() for n, p in head.named_parameters()
+        }
+        save_file(tensors, Path(folder) / "heads.safetensors.tmp", {"format": "pt"})
+        os.replace(Path(folder) / "heads.safetensors.tmp", Path(folder) / "heads.safetensors")
+        shapes = {role: {n: list(p.shape) for n, p in head.named_parameters()} for role, head in heads.items()}
+        write_json(Path(folder) / "heads.json", shapes)
+
+    on_logger(write, f"cannot write {folder}", mesh)
+
+
+@torch.no_grad()
+def load_heads(folder: Path | str, heads: dict[str, nn.Module]) -> None:
+    """Fills heads from a folder that `save_heads` wrote. Raises: FileNotFoundError, or ValueError naming the tensor."""
+    path = Path(folder) / "heads.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no heads.safetensors")
+    tensors = load_file(path)
+    for role, head in heads.items():
+        for name, parameter in head.named_parameters():
+            stored = tensors.get(f"{role}.{name}")
+            if stored is None or stored.shape != parameter.shape:
+                found = "missing" if stored is None else list(stored.shape)
+                raise ValueError(f"{path}: {role}.{name} is {found}, needed as {list(parameter.shape)}")
+            parameter.copy_(stored)
+
+
+def eos_ids(path_or_id: str, tokenizer) -> list[int]:
+    """Every id that ends a text: those of generation_config.json, config.json and the tokenizer."""
+    ids = {tokenizer.eos_token_id}
+    folder = find_folder(path_or_id)
+    for file in ("generation_config.json", "config.json"):
+        stored = read_json(folder / file).get("eos_token_id") if (folder / file).exists() else None
+        ids |= set(stored) if isinstance(stored, list) else {stored}
+    return sorted(ids - {None})
+
+
+# --- the state of a run ---------------------------------------------------------------------------------------------
+
+
+def save_training_state(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: int, mesh: Mesh) -> None:
+    """Writes folder/step-<step>: state.safetensors, and meta.json with its hash; the newest `keep` stay.
+
+    Args: tensors: full tensors under full names; optimizer state as <name>|m, |v and |master.
+    Communication: one barrier.
+    """
+
+    def write(temporary: Path) -> None:
+        # safetensors takes no tensors that share memory, as the views of a flat unit do
+        save_file({name: x.detach().cpu().clone() for name, x in tensors.items()}, temporary / "state.safetensors")
+        digest = hash_file(temporary / "state.safetensors")
+        write_json(temporary / "meta.json", {"step": step, "sha256": {"state.safetensors": digest}, **meta})
+
+    write_folder(folder / f"step-{step}", write, mesh)
+
+    def prune() -> None:
+        for leftover in folder.glob("tmp-*"):
+            shutil.rmtree(leftover)
+        for old in list_steps(folder)[keep:]:
+            os.rename(old, old.with_name(f"tmp-{old.name}"))
+            shutil.rmtree(old.with_name(f"tmp-{old.name}"))
+
+    on_logger(prune, f"cannot remove old checkpoints in {folder}", mesh)
+
+
+def load_training_state(folder: Path, mesh: Mesh) -> tuple[dict[str, Tensor], dict] | None:
+    """Tensors and meta of the newest intact checkpoint; None without one. A damaged one is named and passed over.
+
+    Communication: rank 0 decides and tells the others.
+    """
+    chosen = None
+    if mesh.is_logger:
+        for path in list_steps(folder):
+            problem = find_damage(path)
+            if problem is None:
+                chosen = path.name
+                break
+            warnings.warn(f"{path} is damaged ({problem}); the checkpoint before it is used", stacklevel=2)
+    chosen = mesh.broadcast_object(chosen)
+    if chosen is None:
+        return None
+    return load_file(folder / chosen / "state.safetensors"), read_json(folder / chosen / "meta.json")
+
+
+def list_steps(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(paths, key=lambda path: -int(path.name.removeprefix("step-")))
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        for name, digest in meta["sha256"].items():
+            if hash_file(path / name) != digest:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+# --- whole or not at all --------------------------------------------------------------------------------------------
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh) -> None:
+    """Has rank 0 fill tmp-<name> by `write`, flush it to disk and rename it; the folder that was there goes last."""
+
+    def make() -> None:
+        temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"tmp-old-{folder.name}")
+        for leftover in (temporary, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for path in temporary.iterdir():
+            if path.is_file():
+                flush(path)
+        flush(temporary)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        flush(folder.parent)
+        if old.exists():
+            shutil.rmtree(old)
+
+    on_logger(make, f"cannot write {folder}", mesh)
+
+
+def on_logger(function: Callable[[], None], failure: str, mesh: Mesh) -> None:
+    """Calls a function on rank 0; the others wait, and all ranks stop if the disk fails it."""
+    error = None
+    if mesh.is_logger:
+        try:
+            function()
+        except (OSError, SafetensorError) as caught:  # safetensors reports a full disk by its own error
+            error = ValueError(f"{failure}: {caught}")
+    mesh.raise_together(error)
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
