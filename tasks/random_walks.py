@@ -9,10 +9,28 @@ Graph, walks, tokenizer and reward are those of trlX's random-walks example (Hav
 """
 
 import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
+from parallel.checkpoint import save_decoder
+from parallel.collectives import Axis
+from parallel.data import pack_batch, rows_at
+from parallel.data_parallel import data_parallel
+from parallel.families import config_from_hf
+from parallel.mesh import Layout, Mesh
+from parallel.model import Decoder
+from parallel.optim import AdamW, Optim, clip_grad_norm
+from parallel.pipeline import forward_backward
+from parallel.tensor import hidden_before, vocab_parallel_logprobs
 from tasks.rewards import Sample
 
 GRAPH_SEED = 1000
@@ -21,6 +39,26 @@ GOAL = NODES[0]
 EDGE_PROBABILITY = 0.1
 MAX_NODES = 10  # of a walk
 NUM_WALKS = 1000
+EOS, PAD = 21, 22  # also the tokenizer's BOS, and its unknown
+
+# The policy that learns: a GPT-2, here as Hugging Face's config.json has it.
+POLICY = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_layer": 6,
+    "n_embd": 144,
+    "n_head": 12,
+    "n_positions": 1024,
+    "vocab_size": 23,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+CLONE_STEPS = 250  # optimizer steps
+CLONE_BATCH = 50  # walks of a step
+CLONE_OPTIM = Optim(lr=2e-3, schedule="cosine", warmup_steps=20)
+CACHE = Path("runs/cache")
+WAIT_SECONDS = 600  # that ranks wait for the one that makes a policy
 
 
 @dataclass(frozen=True)
@@ -100,3 +138,80 @@ def measure(walk: str, graph: Graph) -> float:
     if not path or any(b not in graph.successors.get(a, "") for a, b in zip(path, path[1:], strict=False)):
         return 0.0
     return max(0, MAX_NODES - num_nodes) / (MAX_NODES - graph.shortest[start])
+
+
+# --- the policy to start from ---------------------------------------------------------------------------------------
+
+
+def base_policy(graph_seed: int = GRAPH_SEED, num_steps: int = CLONE_STEPS) -> Path:
+    """A Hugging Face folder with tokenizer: a policy that walks at random along edges, cloned from the walks.
+
+    It is made once and kept in a folder named by a hash of its settings, which appears whole or not at all. Of several
+    processes on a machine the first makes it, and the others wait; nothing but that folder passes between them.
+    """
+    settings = json.dumps([POLICY, graph_seed, num_steps, CLONE_BATCH, vars(CLONE_OPTIM)])
+    folder = CACHE / f"random_walks-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not folder.is_dir() and os.environ.get("LOCAL_RANK", "0") != "0":
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(f"{folder} has not appeared within {WAIT_SECONDS} s: the first process makes it")
+        time.sleep(0.1)
+    if not folder.is_dir():
+        draft = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            if num_steps:
+                print(f"Making the base policy, once: cloning {NUM_WALKS:,} random walks into {folder} ...", flush=True)
+            mesh = Mesh(*(Axis(name, 1, 0) for name in ("dp", "pp", "tp", "world")), device=torch.device("cpu"))
+            policy = clone_walks(make_graph(graph_seed).walks, num_steps, mesh)
+            save_decoder(policy, draft, mesh, make_tokenizer())
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def untrained_policy() -> Path:
+    """The same folder with the policy's initial weights."""
+    return base_policy(num_steps=0)
+
+
+def clone_walks(walks: tuple[str, ...], num_steps: int, mesh: Mesh) -> Decoder:
+    """A policy trained by maximum likelihood of the walks and their EOS, given the start."""
+    policy = Decoder(config_from_hf(POLICY, "the task's policy")[0], mesh)
+    policy.hf_config = POLICY
+    model = data_parallel({"policy": policy}, mesh, Layout())
+    optimizer = AdamW(model, CLONE_OPTIM.lr)
+    position = torch.arange(MAX_NODES + 1)
+    seq_lens = torch.tensor([len(walk) + 1 for walk in walks])  # [num_walks]
+    input_ids = torch.tensor([[*map(NODES.find, walk), EOS, *[PAD] * (MAX_NODES - len(walk))] for walk in walks])
+    fields = {"input_ids": input_ids, "loss_mask": (position > 0) & (position < seq_lens[:, None])}
+
+    def loss_fn(microbatch):
+        mask = microbatch["loss_mask"]
+        hidden = policy(microbatch["input_ids"], microbatch["position_ids"], microbatch["first_key"])
+        logprobs, _ = vocab_parallel_logprobs(hidden_before(hidden, mask), policy, microbatch["input_ids"][mask])
+        return -logprobs.mean(), {}
+
+    for step in range(num_steps):
+        rows = rows_at(step * CLONE_BATCH, CLONE_BATCH, len(walks), seed=0)
+        model.zero_grad()
+        forward_backward(model, [pack_batch(fields, seq_lens, torch.tensor(rows))], loss_fn)
+        clip_grad_norm(model, CLONE_OPTIM.max_grad_norm, mesh)
+        optimizer.step(CLONE_OPTIM.lr_multiplier(step, num_steps))
+    return policy
+
+
+def make_tokenizer():
+    """The task's tokenizer: one id per letter, '|' = 21 ends a walk, '<pad>' = 22 stands for everything else."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {node: i for i, node in enumerate(NODES)} | {"|": EOS, "<pad>": PAD}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = dict(bos_token="|", eos_token="|", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)

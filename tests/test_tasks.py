@@ -6,13 +6,33 @@ import json
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
-from tasks import rewards
-from tasks.random_walks import GOAL, MAX_NODES, NODES, make_graph, measure, optimality, prompts, walks
+from parallel.checkpoint import eos_ids, load_decoder
+from parallel.data import load_tokenizer
+from parallel.generation import Sampling, generate
+from parallel.mesh import init_mesh
+from tasks import random_walks, rewards
+from tasks.random_walks import (
+    EOS,
+    GOAL,
+    MAX_NODES,
+    NODES,
+    base_policy,
+    make_graph,
+    measure,
+    optimality,
+    prompts,
+    untrained_policy,
+    walks,
+)
 from tasks.rewards import Sample, make_reward
 
 SEEDS = (1000, 1002, 1004, 1001, 1003, 7)  # the first three are graphs of trlX; 1001 and 1003 it cannot use
@@ -122,6 +142,98 @@ def test_rows_are_the_starts_and_the_walks():
     assert {row["graph_seed"] for row in prompts(1002)} == {1002}
     assert [row["prompt"] + row["completion"] for row in walks(1002)] == list(make_graph(1002).walks)
     assert make_graph(1002).walks != make_graph().walks
+
+
+# --- the policy to start from ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder where base_policy keeps what it makes."""
+    monkeypatch.setattr(random_walks, "CACHE", tmp_path / "cache")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    return tmp_path / "cache"
+
+
+def test_base_policy_walks_like_the_walks(cache):
+    """At least 90 % of its walks are valid, and their optimality is that of the walks that it was cloned from."""
+    folder = base_policy()
+    assert folder.parent == cache and base_policy() == folder
+    policy, tokenizer, graph = (
+        load_decoder(str(folder), init_mesh(), torch.float32),
+        load_tokenizer(folder),
+        make_graph(),
+    )
+    assert eos_ids(str(folder), tokenizer) == [EOS]
+    assert sum(p.numel() for p in policy.parameters()) - 144 * (128 - 23) == 1_655_280  # without padded vocabulary rows
+    starts = [tokenizer(node)["input_ids"] for node in NODES[1:]] * 100
+    generation = generate(policy, starts, Sampling(), eos_ids=[EOS], sample_ids=list(range(2000)), seed=0)
+    walks = [prompt + response for prompt, response in zip(starts, generation.response_ids(), strict=True)]
+    walks = [walk[:-1] if walk[-1] == EOS else walk for walk in walks]
+    texts = ["".join(NODES[i] if i < len(NODES) else "?" for i in walk) for walk in walks]
+    valid = [all(b in graph.successors.get(a, "") for a, b in pairwise(text)) for text in texts]
+    assert np.mean(valid) >= 0.9
+    assert np.mean([measure(text, graph) for text in texts]) == pytest.approx(0.35, abs=0.04)
+
+
+def test_base_policy_opens_in_transformers(cache):
+    folder = base_policy(num_steps=1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 23 and tokenizer.get_vocab()["|"] == tokenizer.eos_token_id == tokenizer.bos_token_id == 21
+    assert tokenizer(NODES + "|").input_ids == list(range(22)) and tokenizer.decode([1, 3, 10, 0]) == "bdka"
+    ids = torch.tensor([[1, 3, 10, 0, EOS]])
+    policy = load_decoder(str(folder), init_mesh(), torch.float32)
+    hidden = policy(ids, torch.arange(5)[None], torch.zeros_like(ids))
+    torch.testing.assert_close(hidden @ policy.lm_head_weight[:23].t(), model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_base_policies_are_kept_apart_by_their_settings(cache):
+    folders = {base_policy(num_steps=0), base_policy(num_steps=1), base_policy(1002, num_steps=1), untrained_policy()}
+    assert len(folders) == 3 and set(cache.iterdir()) == folders
+
+
+def test_two_processes_may_make_the_base_policy_at_once(cache, monkeypatch):
+    both, make = threading.Barrier(2, timeout=60), random_walks.clone_walks
+
+    def clone_walks(*args):
+        both.wait()
+        return make(*args)
+
+    monkeypatch.setattr(random_walks, "clone_walks", clone_walks)
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda _: base_policy(num_steps=0), range(2))
+    assert first == second and list(cache.iterdir()) == [first]
+    load_decoder(str(first), init_mesh(), torch.float32)
+
+
+def test_other_ranks_wait_for_the_base_policy(cache, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(base_policy, num_steps=0)
+        time.sleep(0.3)
+        assert not waiting.done() and not cache.exists()
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        made = base_policy(num_steps=0)
+        assert waiting.result(timeout=10) == made
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(random_walks, "WAIT_SECONDS", 0.2)
+    with pytest.raises(FileNotFoundError, match="has not appeared within 0.2 s"):
+        base_policy(num_steps=2)
+
+
+def test_interrupted_base_policy_leaves_nothing(cache, monkeypatch):
+    def save_half(policy, folder, *args):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(random_walks, "save_decoder", save_half)
+        with pytest.raises(OSError, match="disk full"):
+            base_policy(num_steps=0)
+    assert not any(cache.iterdir())
+    assert base_policy(num_steps=0).is_dir()
 
 
 # --- rewards: Python functions --------------------------------------------------------------------------------------
