@@ -38,7 +38,6 @@ from torch import Tensor
 from parallel.checkpoint import (
     eos_ids,
     load_decoder,
-    load_training_state,
     save_decoder,
     save_heads,
     save_training_state,
@@ -552,13 +551,12 @@ def main(args: Args) -> None:
 
     # where a resumed run goes on
     state = Progress(kl_coef=args.kl_coef)
-    saved = load_training_state(run.folder / "checkpoints", mesh) if run.resuming else None
+    saved = run.load_checkpoint()
     if saved is not None:
         tensors, meta = saved
         model.load_state_dict(tensors)
         optimizer.load_state_dict(tensors)
         state = Progress(**meta["progress"])
-        run.truncate_metrics(state.iteration)
 
     steps_per_iteration = args.epochs * (args.batch_size // args.minibatch_size)
     total_steps = steps_per_iteration * args.max_iterations

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from parallel.checkpoint import load_decoder, load_training_state, save_decoder, save_training_state
+from parallel.checkpoint import load_decoder, save_decoder, save_training_state
 from parallel.data import check_vocabulary, load_rows, load_tokenizer, pack_batch, resolve_model, rows_at, sft_examples
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
@@ -169,13 +169,12 @@ def main(args: Args) -> None:
     )
 
     state = Progress()
-    saved = load_training_state(run.folder / "checkpoints", mesh) if run.resuming else None
+    saved = run.load_checkpoint()
     if saved is not None:
         tensors, meta = saved
         model.load_state_dict(tensors)
         optimizer.load_state_dict(tensors)
         state = Progress(**meta["progress"])
-        run.truncate_metrics(state.step)
     run.describe(
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),

@@ -4,8 +4,8 @@
     python tests/bench_ppo.py --model FOLDER --peer "VENV/bin/python trl_classic_randomwalks.py --iters 9 --threads 1"
 
 140 rollouts and 8 optimizer steps (4 epochs x 2 minibatches of 70) an iteration, a 6 x 144 GPT-2, float32, learning
-rate 3e-4, no KL penalty, one thread. Ours is the mean of iterations 1 to 8 with everything counted; a peer prints a last
-line of JSON with `iter_s_median`. Runs alternate; the table gives medians and minima over the rounds.
+rate 3e-4, no KL penalty, one thread. Ours is the mean of iterations 1 to 8 with everything counted; a peer prints a
+last line of JSON with `iter_s_median`. Runs alternate; the table gives medians and minima over the rounds.
 """
 
 import argparse

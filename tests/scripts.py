@@ -1,0 +1,83 @@
+"""Running the scripts in tests: a tiny model folder, and commands as a user types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from parallel.checkpoint import save_decoder
+from parallel.families import config_from_hf
+from parallel.mesh import init_mesh
+from parallel.model import Decoder
+from tasks.random_walks import make_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TINY_GPT2 = {
+    "model_type": "gpt2",
+    "architectures": ["GPT2LMHeadModel"],
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 23,
+    "bos_token_id": 21,
+    "eos_token_id": 21,
+    "pad_token_id": 22,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+def make_tiny_model(folder, edit=None) -> Path:
+    """A random 2-layer GPT-2 with the random-walks tokenizer, as a Hugging Face folder."""
+    mesh = init_mesh()
+    config, _ = config_from_hf(TINY_GPT2, str(folder))
+    decoder = Decoder(config, mesh, seed=1)
+    decoder.hf_config = TINY_GPT2
+    with torch.no_grad():
+        if edit is not None:
+            edit(decoder)
+    save_decoder(decoder, folder, mesh, make_tokenizer())
+    return Path(folder)
+
+
+def command(script, *flags, ranks=1):
+    """The command line of a script: plain Python for one process, torchrun's module for more."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, str(script), *map(str, flags)]
+
+
+def start(script, *flags, cwd, ranks=1, **options):
+    """Starts a script in a folder of its own, the repository on its path, one thread per process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    script = ROOT / script if not Path(script).is_absolute() else script
+    return subprocess.Popen(command(script, *flags, ranks=ranks), cwd=cwd, env=env, **{**pipes, **options})
+
+
+def run(script, *flags, cwd, ranks=1, timeout=150):
+    """(exit status, standard output, standard error) of a script."""
+    process = start(script, *flags, cwd=cwd, ranks=ranks)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def read_rows(folder, event="train"):
+    """The rows of a run's metrics.jsonl of one kind."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == event]
+
+
+def without_times(rows):
+    """Rows less what depends on the clock."""
+    timed = ("seconds", "per_second", "mfu")
+    return [{name: x for name, x in row.items() if not name.endswith(timed)} for row in rows]

@@ -1,0 +1,283 @@
+"""The scripts as a user runs them: learning, ranks, resume, forks, bad input."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.scripts import ROOT, make_tiny_model, read_rows, run, start, without_times
+
+SHORT = ("--batch-size", 16, "--minibatch-size", 8, "--microbatch-size", 4, "--eval-samples", 20, "--eval-every", 4)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def default_runs(tmp_path_factory):
+    """`python ppo.py` without flags, on one process and on two ranks, in one folder; seconds of the first."""
+    folder = tmp_path_factory.mktemp("default")
+    results = []
+    for ranks in (1, 2):
+        started = time.monotonic()
+        status, out, err = run("ppo.py", cwd=folder, ranks=ranks, timeout=240)
+        assert status == 0, err
+        results.append((out, time.monotonic() - started))
+    return folder, results
+
+
+def test_default_run_learns_the_task(default_runs):
+    folder, [(out, seconds), _] = default_runs
+    evaluations = read_rows(folder / "runs/ppo", "eval")
+    assert abs(evaluations[0]["eval_score_sampled"] - 0.35) < 0.04
+    assert evaluations[-1]["eval_score_sampled"] >= 0.97 and evaluations[-1]["eval_score_greedy"] >= 0.97
+    assert seconds < 240, seconds  # on one thread; two cores take half
+    rows = read_rows(folder / "runs/ppo")
+    scores = [row["score"] for row in rows]
+    means = [sum(scores[i : i + 5]) / 5 for i in range(len(scores) - 4)]
+    reached = next(i for i, mean in enumerate(means) if mean >= 0.9)
+    assert min(means[reached:]) >= 0.85 and means[-1] >= 0.97
+    assert all(row["rollout_mismatch_max"] < 1e-4 and row["first_log_ratio"] < 1e-5 for row in rows)
+    for words in ("parameters", "layout", "optimizer steps", "runs/ppo"):
+        assert words in out, words
+
+
+def test_two_ranks_repeat_the_run_of_one(default_runs):
+    folder, _ = default_runs
+    one, two = read_rows(folder / "runs/ppo"), read_rows(folder / "runs/ppo-2")
+    assert [row["rollout_hash"] for row in one[:5]] == [row["rollout_hash"] for row in two[:5]]
+    ends = [read_rows(folder / name, "eval")[1:] for name in ("runs/ppo", "runs/ppo-2")]
+    for a, b in zip(*ends, strict=True):
+        assert abs(a["eval_score_sampled"] - b["eval_score_sampled"]) <= 0.02, (a, b)
+
+
+def test_run_folder_holds_what_the_design_says(default_runs):
+    folder, _ = default_runs
+    run_folder = folder / "runs/ppo"
+    for name in ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "model", "best"):
+        assert (run_folder / name).exists(), name
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run_folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run_folder / "model")
+    ids = torch.tensor([tokenizer("t")["input_ids"]])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
+    assert tokenizer.decode(out[0]).startswith("t") and "a" in tokenizer.decode(out[0])
+    heads = load_file(run_folder / "model/heads.safetensors")
+    assert heads["value_head.weight"].shape == (1, 144)
+    sample = json.loads((run_folder / "samples.jsonl").read_text().splitlines()[0])
+    assert {"prompt", "response", "score", "iteration"} <= set(sample)
+
+
+def test_sft_learns_the_walks(tmp_path):
+    status, out, err = run("sft.py", "--max-steps", 60, "--eval-every", 60, cwd=tmp_path)
+    assert status == 0, err
+    losses = [row["eval_loss"] for row in read_rows(tmp_path / "runs/sft", "eval")]
+    assert losses[0] > 3.0 and losses[-1] < 1.0, losses
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+
+def final_state(folder):
+    """Tensors of the last checkpoint, and rows without times."""
+    last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
+    return (
+        load_file(last / "state.safetensors"),
+        without_times(read_rows(folder)),
+        without_times(read_rows(folder, "eval")),
+    )
+
+
+def assert_same_run(actual, expected):
+    tensors, *rows = final_state(actual)
+    expected_tensors, *expected_rows = final_state(expected)
+    assert tensors.keys() == expected_tensors.keys()
+    for name, tensor in expected_tensors.items():
+        assert torch.equal(tensors[name], tensor), name
+    assert rows == expected_rows
+
+
+PPO_FLAGS = (*SHORT, "--max-iterations", 6, "--save-every", 2, "--kl-coef", 0.05, "--kl-target", 1, "--score-scaling")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    status, _, err = run("ppo.py", "--model", tiny, "--output-dir", folder / "run", *PPO_FLAGS, cwd=folder)
+    assert status == 0, err
+    return folder / "run"
+
+
+def kill_when(process, seen, timeout=60):
+    """kill -9 as soon as seen() is true."""
+    deadline = time.monotonic() + timeout
+    while not seen():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.parametrize("moment", ["iteration 1", "iteration 3", "during a save", "iteration 5"])
+def test_killed_ppo_run_resumes_bit_for_bit(moment, tiny, undisturbed, tmp_path):
+    flags = ("--model", tiny, "--output-dir", tmp_path / "run", *PPO_FLAGS)
+    process = start("ppo.py", *flags, cwd=tmp_path)
+    if moment == "during a save":
+        kill_when(process, lambda: any((tmp_path / "run/checkpoints").glob("tmp-4*")))
+    else:
+        count, metrics = int(moment.split()[1]), tmp_path / "run/metrics.jsonl"
+        kill_when(process, lambda: metrics.exists() and metrics.read_text().count('"train"') >= count)
+    status, out, err = run("ppo.py", *flags, "--resume", cwd=tmp_path)
+    assert status == 0, err
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_sigterm_saves_and_the_run_goes_on(tiny, undisturbed, tmp_path):
+    flags = ("--model", tiny, "--output-dir", tmp_path / "run", *PPO_FLAGS)
+    process = start("ppo.py", *flags, cwd=tmp_path)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and '"train"' in metrics.read_text()):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    done = len(read_rows(tmp_path / "run"))
+    assert done < 6 and (tmp_path / f"run/checkpoints/step-{done}").is_dir()
+    assert not (tmp_path / "run/model").exists()
+    status, _, err = run("ppo.py", *flags, "--resume", cwd=tmp_path)
+    assert status == 0, err
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(tiny, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    state = tmp_path / "run/checkpoints/step-6/state.safetensors"
+    state.write_bytes(state.read_bytes()[:-100])
+    flags = ("--model", tiny, "--output-dir", tmp_path / "run", *PPO_FLAGS, "--resume")
+    status, out, err = run("ppo.py", *flags, cwd=tmp_path)
+    assert status == 0, err
+    assert "step-6" in out + err
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_resume_refuses_changed_flags_and_another_model(tiny, undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    flags = ("--output-dir", tmp_path / "run", *PPO_FLAGS, "--resume")
+    status, _, err = run("ppo.py", "--model", tiny, *flags, "--gamma", 0.9, cwd=tmp_path)
+    assert status == 1 and "gamma" in err and "--allow-change" in err
+    other = make_tiny_model(tmp_path / "other", edit=None)
+    config = json.loads((other / "config.json").read_text())
+    assert config["n_layer"] == 2
+
+
+def test_sft_resumes_bit_for_bit(tiny, tmp_path):
+    flags = ("--model", tiny, "--max-steps", 12, "--save-every", 4, "--eval-every", 6, "--microbatch-size", 30)
+    status, _, err = run("sft.py", *flags, "--output-dir", tmp_path / "whole", cwd=tmp_path)
+    assert status == 0, err
+    process = start("sft.py", *flags, "--output-dir", tmp_path / "run", cwd=tmp_path)
+    metrics = tmp_path / "run/metrics.jsonl"
+    kill_when(process, lambda: metrics.exists() and metrics.read_text().count('"train"') >= 7)
+    status, _, err = run("sft.py", *flags, "--output-dir", tmp_path / "run", "--resume", cwd=tmp_path)
+    assert status == 0, err
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# --- forks ----------------------------------------------------------------------------------------------------------
+
+
+def test_fork_with_own_reward_and_data_takes_five_lines(tiny, tmp_path):
+    source = (ROOT / "ppo.py").read_text()
+    changes = {
+        'reward: str = "tasks.random_walks:optimality"': 'reward: str = "my_ppo.py:short"',
+        '("tasks.random_walks:prompts",)': '("my_ppo.py:prompts",)',
+        "if __name__ ==": "def short(samples):\n    return [-float(len(s.response)) for s in samples]\n\n\n"
+        'def prompts():\n    return [{"prompt": letter} for letter in "bcdef"]\n\n\nif __name__ ==',
+    }
+    for old, new in changes.items():
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    before, after = (ROOT / "ppo.py").read_text().splitlines(), source.splitlines()
+    new_lines = [line for line in after if line.strip() and line not in before]
+    assert len(new_lines) <= 6, new_lines
+    (tmp_path / "my_ppo.py").write_text(source)
+    flags = ("--model", tiny, *SHORT, "--max-iterations", 12, "--optim.lr", 0.01)
+    status, _, err = run(tmp_path / "my_ppo.py", *flags, cwd=tmp_path)
+    assert status == 0, err
+    rows = read_rows(tmp_path / "runs/ppo")
+    assert rows[-1]["score"] > rows[0]["score"] + 1.0, "responses did not become shorter"
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+REWARDS = """
+def raises(samples):
+    return [1 / 0 if i == 5 else 0.0 for i, s in enumerate(samples)]
+
+def nan(samples):
+    return [float("nan") if i == 3 else 0.0 for i, s in enumerate(samples)]
+
+def short(samples):
+    return [0.0] * (len(samples) - 1)
+
+def text(samples):
+    return ["good"] * len(samples)
+
+def fails_on_rank_one(samples):
+    import os
+    if os.environ.get("RANK") == "1":
+        raise RuntimeError("no such luck")
+    return [0.0] * len(samples)
+"""
+
+
+def bad_inputs(tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "b"}\n{"prompt": \n')
+    (tmp_path / "fieldless.jsonl").write_text('{"prompt": "b"}\n{"question": "c"}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "b" * 60}) + "\n")
+    (tmp_path / "file").write_text("")
+    return {
+        "misspelt flag": (("--gama", 0.9), ["--gama", "--gamma"]),
+        "missing file": (("--data", "nowhere.jsonl"), ["nowhere.jsonl"]),
+        "malformed line": (("--data", "broken.jsonl"), ["broken.jsonl", "line 2"]),
+        "missing field": (("--data", "fieldless.jsonl"), ["fieldless.jsonl", "line 2", "prompt", "question"]),
+        "empty data": (("--data", "empty.jsonl"), ["empty.jsonl"]),
+        "no room": (("--data", "long.jsonl"), ["long.jsonl", "60 tokens", "max-new-tokens"]),
+        "reward raises": (("--reward", "rewards.py:raises"), ["rewards.py", "ZeroDivisionError", "sample"]),
+        "reward NaN": (("--reward", "rewards.py:nan"), ["nan", "sample 3"]),
+        "reward too short": (("--reward", "rewards.py:short"), ["19 values for 20 samples"]),
+        "reward text": (("--reward", "rewards.py:text"), ["'good'", "sample 0"]),
+        "reward down": (("--reward", "http://127.0.0.1:9/score"), ["127.0.0.1:9", "tries"]),
+        "unwritable folder": (("--output-dir", "file/run"), ["file/run"]),
+        "layout": (("--layout.dp", 3), ["3", "1 process"]),
+        "batch": (("--minibatch-size", 12), ["--batch-size 16", "--minibatch-size 12"]),
+        "not a model": (("--model", "rewards.py"), ["rewards.py"]),
+    }
+
+
+CASE_NAMES = [
+    "misspelt flag",
+    "missing file",
+    "malformed line",
+    "missing field",
+    "empty data",
+    "no room",
+    "reward raises",
+    "reward NaN",
+    "reward too short",
+    "reward text",
+    "reward down",
+    "unwritable folder",
+    "layout",
+    "batch",
+    "not a model",
+]
