@@ -138,8 +138,8 @@ class Args:
     """weight of the entropy bonus (eq. 3)"""
     max_kl: float = 0.0
     """end an iteration's updates when the mean KL(old || new) per token, in nats (k3), passes this; 0 = never"""
-    kl_coef: float = 0.0
-    """weight of the KL penalty (eq. 1), per nat; its start value when --kl-target is given"""
+    kl_coef: float = 0.001
+    """weight of the KL penalty (eq. 1), per nat; its start value when --kl-target is given; 0 needs no reference"""
     kl_target: float = 0.0
     """nats per sequence that the KL coefficient is steered towards (Ziegler et al. 2019: 6); 0 = fixed coefficient"""
     score_clip: float = 0.0
@@ -564,7 +564,7 @@ def main(args: Args) -> None:
     run.describe(
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
-            ("parameters", f"{sum(p.numel() for p in policy.parameters()):,} in the policy, {args.dtype}"),
+            ("parameters", f"{policy.num_parameters:,} in the policy, {args.dtype}"),
             ("layout", f"{mesh.world_size} processes: dp {mesh.dp.size}, on {mesh.device}"),
             (
                 "batch",
@@ -596,6 +596,8 @@ def main(args: Args) -> None:
     def evaluate_now():
         metrics, table = evaluate(policy, eval_prompts, reward, args, mesh, tokenizer, eos)
         run.log({"event": "eval", "iteration": state.iteration, "samples": state.samples, **metrics})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        run.note(f"iteration {state.iteration}: {shown}")
         run.samples(table, state.iteration)
         score = metrics.get("eval_score_sampled", metrics["eval_score_greedy"])
         if score > state.best_score and state.iteration > 0:
@@ -662,8 +664,11 @@ def main(args: Args) -> None:
         )
         if args.score_scaling:
             token_scores = token_scores / state.add_scores(token_scores.sum(1))
-        rewards, kl = shape_rewards(token_scores, rollout.old_logprobs, rollout.ref_logprobs, mask, state.kl_coef)
+        kl_coef = state.kl_coef
+        rewards, kl = shape_rewards(token_scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef)
         kl_per_sequence = kl.sum(1).mean().item()
+        if state.optimizer_steps == 0 and dtype != torch.bfloat16 and kl.abs().max() > MAX_LOG_RATIO:
+            raise RuntimeError(f"KL of {kl.abs().max():.2e} nats on a token between a policy and its own copy")
 
         # advantages
         if args.advantage == "gae":
@@ -694,11 +699,11 @@ def main(args: Args) -> None:
                     f"iteration {state.iteration}: the first minibatch is off-policy by {metrics['max_log_ratio']:.2e} "
                     f"nats, more than {MAX_LOG_RATIO:.0e}: forward passes of equal weights disagree"
                 )
-            if args.max_kl and metrics["approx_kl"] > args.max_kl:
+            if steps and args.max_kl and metrics["approx_kl"] > args.max_kl:
                 break
             metrics["grad_norm"] = clip_grad_norm(model, args.optim.max_grad_norm, mesh)
             scale = args.optim.lr_multiplier(state.optimizer_steps, total_steps)
-            if optimizer.step(scale):
+            if optimizer.step(scale, frozen=("policy",) if value_only else ()):
                 state.optimizer_steps += 1
             else:
                 state.skipped_steps += 1
@@ -729,9 +734,6 @@ def main(args: Args) -> None:
             "score_std": scores.std(correction=0).item(),
             "response_len": response_lens.double().mean().item(),
             "finished": rollout.finished.double().mean().item(),
-            "kl": (kl.sum() / mask.sum()).item(),
-            "kl_per_sequence": kl_per_sequence,
-            "kl_coef": state.kl_coef,
             "rollout_mismatch": mesh.sum(mismatch[0], "dp").item() / int(mask.sum()),
             "rollout_mismatch_max": mesh.max(mismatch[1], "dp").item(),
             "kept_mass": mesh.sum(generation.kept_mass, "dp") / mesh.dp.size,
@@ -742,6 +744,9 @@ def main(args: Args) -> None:
             "skipped_steps": state.skipped_steps,
             "lr": args.optim.lr * args.optim.lr_multiplier(state.optimizer_steps, total_steps),
         }
+        if "ref_policy" in roles:
+            row["kl"] = (kl.sum() / mask.sum()).item()
+            row["kl_per_sequence"], row["kl_coef"] = kl_per_sequence, kl_coef
         if returns is not None:
             residual = (returns - rollout.values[mask]).var(correction=0)
             row["explained_variance"] = (1 - residual / returns.var(correction=0).clamp(min=1e-8)).item()
@@ -752,7 +757,7 @@ def main(args: Args) -> None:
             {
                 "tok/s": f"{row['tokens_per_second']:,.0f}",
                 "score": f"{row['score']:.3f}",
-                "kl": f"{row['kl_per_sequence']:.3f}",
+                "kl": f"{kl_per_sequence:.2f}",
                 "entropy": f"{row['entropy']:.3f}",
                 "len": f"{row['response_len']:.1f}",
             },

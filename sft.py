@@ -178,7 +178,7 @@ def main(args: Args) -> None:
     run.describe(
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
-            ("parameters", f"{sum(p.numel() for p in policy.parameters()):,}, {args.dtype}"),
+            ("parameters", f"{policy.num_parameters:,}, {args.dtype}"),
             ("layout", f"{mesh.world_size} processes: dp {mesh.dp.size}, on {mesh.device}"),
             (
                 "batch",

@@ -120,9 +120,15 @@ def resolve_model(spec: str) -> str:
     """A model's folder or hub id; of module:function, what the function returns."""
     if is_object_spec(spec):
         return str(load_object(spec)())
-    if not Path(spec).exists() and (spec[:1] in "/.~" or spec.count("/") > 1):  # no hub id looks like this
-        raise missing_file(spec, Path(spec))
+    reject_missing_folder(spec)
     return spec
+
+
+def reject_missing_folder(spec: str) -> None:
+    """Raises FileNotFoundError for a path that does not exist and cannot be meant as a hub id, owner/name."""
+    path = Path(spec)
+    if not path.exists() and (spec[:1] in "/.~" or spec.count("/") > 1 or ("/" in spec and path.parent.is_dir())):
+        raise missing_file(spec, path)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -220,10 +226,11 @@ def read_file(path: Path) -> list[Row]:
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(path_or_id: str):
-    """The tokenizer of a folder or hub id. Raises: ValueError naming it."""
+def load_tokenizer(path_or_id: str | Path):
+    """The tokenizer of a folder or hub id. Raises: ValueError or FileNotFoundError naming it."""
     from transformers import AutoTokenizer
 
+    reject_missing_folder(str(path_or_id))
     try:
         return AutoTokenizer.from_pretrained(path_or_id)
     except Exception as error:

@@ -214,6 +214,13 @@ class Decoder(nn.Module):
             initialise(self, config, seed)
 
     @property
+    def num_parameters(self) -> int:
+        """Without padded vocabulary rows; tied embeddings count once."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.hidden_size
+        padding *= 1 if self.lm_head is None else 2
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """[padded_vocab_size, hidden_size]"""
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight

@@ -101,31 +101,31 @@ class AdamW:
         self.model, self.betas, self.eps = model, betas, eps
         self.units = [unit for unit in model.units if unit.trainable]
         roles = {unit: unit.name.partition(".")[0] for unit in self.units}
-        missing = sorted(set(roles.values()) - set(lr)) if isinstance(lr, dict) else []
+        self.lr = lr if isinstance(lr, dict) else dict.fromkeys(roles.values(), lr)
+        missing = sorted(set(roles.values()) - set(self.lr))
         if missing:
             raise ValueError(f"no learning rate for {', '.join(missing)}, which has trainable parameters")
         self.steps = torch.zeros((), dtype=torch.float32, device=model.mesh.device)  # taken
         self.num_skipped = 0  # in a row, until now
         self.state: dict[Unit, dict[str, Tensor]] = {}
-        self._groups: dict[tuple, list[list[Tensor]]] = {}  # (lr, decay, dtype) -> weights, gradients, m, v
+        self._groups: dict[tuple, list[list[Tensor]]] = {}  # (role, decay, dtype) -> weights, gradients, m, v
         for unit in self.units:
             grad = unit.flat_grad
             master = unit.flat if unit.flat.dtype == grad.dtype else unit.flat.to(grad.dtype)
             self.state[unit] = {"master": master, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
-            unit_lr = lr[roles[unit]] if isinstance(lr, dict) else lr
             tensors = [master, grad, self.state[unit]["m"], self.state[unit]["v"]]
             num_decayed = unit.num_decayed if weight_decay else 0
             for decay, part in ((weight_decay, slice(num_decayed)), (0.0, slice(num_decayed, None))):
                 if grad[part].numel():
-                    group = self._groups.setdefault((unit_lr, decay, grad.dtype), [[], [], [], []])
+                    group = self._groups.setdefault((roles[unit], decay, grad.dtype), [[], [], [], []])
                     for column, tensor in zip(group, tensors, strict=True):
                         column.append(tensor[part])
 
     @torch.no_grad()
-    def step(self, lr_scale: float = 1.0) -> bool:
+    def step(self, lr_scale: float = 1.0, frozen: tuple[str, ...] = ()) -> bool:
         """One step with the gradients that `clip_grad_norm` has measured; afterwards they are no longer meaningful.
 
-        Args: lr_scale: what `lr_multiplier` gives.
+        Args: lr_scale: what `lr_multiplier` gives. frozen: roles that this step leaves as they are.
         Returns: False if the norm is not finite: then nothing has changed, on any rank.
         Raises: RankError, naming parameter and rank, for the fifth such step in a row.
         """
@@ -139,7 +139,9 @@ class AdamW:
         divisor = None
         if model.grad_divisor > 1:
             divisor = torch.tensor(model.grad_divisor, dtype=torch.float32, device=self.steps.device)
-        for (lr, decay, _), (weights, grads, m, v) in self._groups.items():
+        for (role, decay, _), (weights, grads, m, v) in self._groups.items():
+            if role in frozen:
+                continue
             torch._fused_adamw_(
                 weights,
                 grads,
@@ -147,7 +149,7 @@ class AdamW:
                 v,
                 [],
                 [self.steps] * len(weights),
-                lr=lr * lr_scale,
+                lr=self.lr[role] * lr_scale,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 weight_decay=decay,

@@ -53,6 +53,9 @@ POLICY = {
     "bos_token_id": EOS,
     "eos_token_id": EOS,
     "pad_token_id": PAD,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
 }
 CLONE_STEPS = 250  # optimizer steps
 CLONE_BATCH = 50  # walks of a step

@@ -217,13 +217,17 @@ def test_load_rows_rejects_functions_that_return_no_rows(tmp_path):
             load_rows([f"{tmp_path}/mine.py:{name}"])
 
 
-def test_resolve_model_calls_functions_and_rejects_missing_folders(tmp_path):
+def test_resolve_model_calls_functions_and_rejects_missing_folders(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(f"from pathlib import Path\ndef folder():\n    return Path({str(tmp_path)!r})\n")
     assert resolve_model(f"{tmp_path}/mine.py:folder") == str(tmp_path)
     assert resolve_model(str(tmp_path)) == str(tmp_path)
     assert resolve_model("owner/name") == "owner/name"
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        resolve_model(f"{tmp_path}/model")
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for missing in (f"{tmp_path}/model", "models/tniy", "./tiny", "a/b/c"):
+        for load in (resolve_model, load_tokenizer):
+            with pytest.raises(FileNotFoundError, match=f"^{missing}: no such file or folder"):
+                load(missing)
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
