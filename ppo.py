@@ -154,7 +154,7 @@ class Args:
     """learning rate of value head and value model; 0 = that of the policy"""
     value_warmup_iterations: int = 0
     """first iterations, in which only the value function learns"""
-    optim: Optim = field(default_factory=partial(Optim, schedule="linear"))
+    optim: Optim = field(default_factory=partial(Optim, lr=2e-4, schedule="linear"))
     sampling: Sampling = field(default_factory=Sampling)
     layout: Layout = field(default_factory=Layout)
 
