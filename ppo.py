@@ -27,6 +27,7 @@ import copy
 import itertools
 import math
 import time
+import warnings
 import zlib
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,7 +55,7 @@ from parallel.data import (
 )
 from parallel.data_parallel import data_parallel
 from parallel.generation import EVALUATION, ROLLOUT, Sampling, generate, stop_at
-from parallel.mesh import Layout, init_mesh
+from parallel.mesh import Layout, RankError, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
@@ -444,19 +445,25 @@ def evaluate(policy, prompts, reward, args, mesh, tokenizer, eos):
     return metrics, table
 
 
-def check_mismatch(generation, old_logprobs, dtype, iteration, tokenizer):
-    """Mean and largest |rollout - old| log-probability; too much is a stale weight or a wrong cache, and an error."""
+def check_mismatch(generation, old_logprobs, dtype, iteration, tokenizer, mesh):
+    """Sum and maximum of |rollout - old| log-probability on this rank: a stale weight or a wrong cache would show.
+
+    Raises: RankError on all ranks if one token differs by more than MAX_MISMATCH; in bfloat16 a mean of
+        exp |difference| above 1.05 is a warning.
+    """
     difference = (generation.logprobs - old_logprobs).abs()  # [batch, seq_len]
+    error = None
     if dtype == torch.bfloat16:
-        if (difference[generation.response_mask].exp()).mean() > 1.05:
-            print(f"warning: iteration {iteration}: sampled and recomputed log-probabilities differ by more than 5 %")
+        if difference[generation.response_mask].exp().mean() > 1.05:
+            warnings.warn(f"iteration {iteration}: rollout and training log-probabilities differ by 5 %", stacklevel=2)
     elif not difference.max() <= MAX_MISMATCH:  # a NaN is no agreement
         row, t = divmod(int(difference.argmax()), difference.shape[1])
         token_id = int(generation.input_ids[row, t])
-        raise RuntimeError(
+        error = RankError(
             f"iteration {iteration}: sample {row} drew token {t}, {tokenizer.decode([token_id])!r}, with "
             f"log-probability {generation.logprobs[row, t]:.6f}, recomputed as {old_logprobs[row, t]:.6f}"
         )
+    mesh.raise_together(error)
     return difference.sum(), difference.max()
 
 
@@ -639,7 +646,7 @@ def main(args: Args) -> None:
         old_logprobs, ref_logprobs, values = describe_tokens(
             roles, generation, args.sampling.temperature, args.microbatch_size
         )
-        mismatch = check_mismatch(generation, old_logprobs, dtype, state.iteration, tokenizer)
+        mismatch = check_mismatch(generation, old_logprobs, dtype, state.iteration, tokenizer, mesh)
         rollout = gather_rollout(
             Rollout(
                 generation.input_ids,
@@ -668,7 +675,7 @@ def main(args: Args) -> None:
         rewards, kl = shape_rewards(token_scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef)
         kl_per_sequence = kl.sum(1).mean().item()
         if state.optimizer_steps == 0 and dtype != torch.bfloat16 and kl.abs().max() > MAX_LOG_RATIO:
-            raise RuntimeError(f"KL of {kl.abs().max():.2e} nats on a token between a policy and its own copy")
+            raise RankError(f"KL of {kl.abs().max():.2e} nats on a token between a policy and its own copy")
 
         # advantages
         if args.advantage == "gae":
@@ -695,7 +702,7 @@ def main(args: Args) -> None:
             model.zero_grad()
             metrics = forward_backward(model, microbatches, loss_fn)
             if not steps and dtype != torch.bfloat16 and metrics["max_log_ratio"] > MAX_LOG_RATIO:
-                raise RuntimeError(
+                raise RankError(
                     f"iteration {state.iteration}: the first minibatch is off-policy by {metrics['max_log_ratio']:.2e} "
                     f"nats, more than {MAX_LOG_RATIO:.0e}: forward passes of equal weights disagree"
                 )

@@ -149,6 +149,8 @@ def read_parameter(files: WeightFiles, name: str, parameter: Tensor, decoder: De
         for piece in of_name:
             rows = slice(piece.hf_start, piece.hf_start + piece.size)
             source = stored[:, rows].t() if piece.transposed else stored[rows]
+            if not source.isfinite().all():
+                raise ValueError(f"{files.folder}: {hf_name} holds a NaN or an infinite weight")
             parameter[piece.start : piece.start + piece.size].copy_(source)
 
 

@@ -32,12 +32,12 @@ TINY_GPT2 = {
 }
 
 
-def make_tiny_model(folder, edit=None) -> Path:
+def make_tiny_model(folder, edit=None, hf_config=TINY_GPT2) -> Path:
     """A random 2-layer GPT-2 with the random-walks tokenizer, as a Hugging Face folder."""
     mesh = init_mesh()
-    config, _ = config_from_hf(TINY_GPT2, str(folder))
+    config, _ = config_from_hf(hf_config, str(folder))
     decoder = Decoder(config, mesh, seed=1)
-    decoder.hf_config = TINY_GPT2
+    decoder.hf_config = hf_config
     with torch.no_grad():
         if edit is not None:
             edit(decoder)

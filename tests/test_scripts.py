@@ -1,15 +1,20 @@
 """The scripts as a user runs them: learning, ranks, resume, forks, bad input."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.scripts import ROOT, make_tiny_model, read_rows, run, start, without_times
+import ppo
+from parallel.run import launch
+from tasks.random_walks import make_tokenizer
+from tests.scripts import ROOT, TINY_GPT2, make_tiny_model, read_rows, run, start, without_times
 
 SHORT = ("--batch-size", 16, "--minibatch-size", 8, "--microbatch-size", 4, "--eval-samples", 20, "--eval-every", 4)
 
@@ -120,7 +125,6 @@ def kill_when(process, seen, timeout=60):
     deadline = time.monotonic() + timeout
     while not seen():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
@@ -130,7 +134,7 @@ def test_killed_ppo_run_resumes_bit_for_bit(moment, tiny, undisturbed, tmp_path)
     flags = ("--model", tiny, "--output-dir", tmp_path / "run", *PPO_FLAGS)
     process = start("ppo.py", *flags, cwd=tmp_path)
     if moment == "during a save":
-        kill_when(process, lambda: any((tmp_path / "run/checkpoints").glob("tmp-4*")))
+        kill_when(process, lambda: any((tmp_path / "run/checkpoints").glob("tmp-step-4")))
     else:
         count, metrics = int(moment.split()[1]), tmp_path / "run/metrics.jsonl"
         kill_when(process, lambda: metrics.exists() and metrics.read_text().count('"train"') >= count)
@@ -173,9 +177,10 @@ def test_resume_refuses_changed_flags_and_another_model(tiny, undisturbed, tmp_p
     flags = ("--output-dir", tmp_path / "run", *PPO_FLAGS, "--resume")
     status, _, err = run("ppo.py", "--model", tiny, *flags, "--gamma", 0.9, cwd=tmp_path)
     assert status == 1 and "gamma" in err and "--allow-change" in err
-    other = make_tiny_model(tmp_path / "other", edit=None)
-    config = json.loads((other / "config.json").read_text())
-    assert config["n_layer"] == 2
+    wide = {**TINY_GPT2, "n_embd": 48}
+    other = make_tiny_model(tmp_path / "other", hf_config=wide)
+    status, _, err = run("ppo.py", "--model", other, *flags, "--allow-change", "model", cwd=tmp_path)
+    assert status == 1 and "another model" in err, err
 
 
 def test_sft_resumes_bit_for_bit(tiny, tmp_path):
@@ -218,66 +223,137 @@ def test_fork_with_own_reward_and_data_takes_five_lines(tiny, tmp_path):
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 REWARDS = """
+import os
+
+
 def raises(samples):
     return [1 / 0 if i == 5 else 0.0 for i, s in enumerate(samples)]
+
 
 def nan(samples):
     return [float("nan") if i == 3 else 0.0 for i, s in enumerate(samples)]
 
+
 def short(samples):
     return [0.0] * (len(samples) - 1)
+
 
 def text(samples):
     return ["good"] * len(samples)
 
+
 def fails_on_rank_one(samples):
-    import os
     if os.environ.get("RANK") == "1":
         raise RuntimeError("no such luck")
     return [0.0] * len(samples)
 """
+FILES = {
+    "rewards.py": REWARDS,
+    "broken.jsonl": '{"prompt": "b"}\n{"prompt": \n',
+    "fieldless.jsonl": '{"prompt": "b"}\n{"question": "c"}\n',
+    "empty.jsonl": "\n",
+    "long.jsonl": json.dumps({"prompt": "b" * 60}) + "\n",
+    "file": "",
+}
+BAD_INPUTS = {  # flags -> what the message must name
+    "misspelt flag": (("--gama", 0.9), ["--gama", "--gamma"]),
+    "missing file": (("--data", "nowhere.jsonl"), ["nowhere.jsonl"]),
+    "malformed line": (("--data", "broken.jsonl"), ["broken.jsonl", "line 2"]),
+    "missing field": (("--data", "fieldless.jsonl"), ["fieldless.jsonl", "line 2", "`prompt`", "question"]),
+    "empty data": (("--data", "empty.jsonl"), ["empty.jsonl"]),
+    "no room": (("--data", "long.jsonl"), ["long.jsonl", "60 tokens", "--sampling.max-new-tokens"]),
+    "reward raises": (("--reward", "rewards.py:raises"), ["rewards.py", "ZeroDivisionError", "sample"]),
+    "reward NaN": (("--reward", "rewards.py:nan"), ["rewards.py:nan", "nan", "sample 3"]),
+    "reward too short": (("--reward", "rewards.py:short"), ["19 values for 20 samples"]),
+    "reward text": (("--reward", "rewards.py:text"), ["'good'", "sample 0"]),
+    "reward down": (("--reward", "http://127.0.0.1:9/score"), ["127.0.0.1:9", "tries"]),
+    "unwritable folder": (("--output-dir", "file/run"), ["file/run"]),
+    "layout": (("--layout.dp", 3), ["3", "process"]),
+    "batch": (("--minibatch-size", 12), ["--batch-size 16", "--minibatch-size 12"]),
+    "greedy rollouts": (("--sampling.temperature", 0), ["--sampling.temperature", "above 0"]),
+    "too many ids": (("--tokenizer", "big"), ["31 ids", "23"]),
+    "not a model": (("--model", "./nowhere"), ["./nowhere"]),
+}
 
 
-def bad_inputs(tmp_path):
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "b"}\n{"prompt": \n')
-    (tmp_path / "fieldless.jsonl").write_text('{"prompt": "b"}\n{"question": "c"}\n')
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "b" * 60}) + "\n")
-    (tmp_path / "file").write_text("")
-    return {
-        "misspelt flag": (("--gama", 0.9), ["--gama", "--gamma"]),
-        "missing file": (("--data", "nowhere.jsonl"), ["nowhere.jsonl"]),
-        "malformed line": (("--data", "broken.jsonl"), ["broken.jsonl", "line 2"]),
-        "missing field": (("--data", "fieldless.jsonl"), ["fieldless.jsonl", "line 2", "prompt", "question"]),
-        "empty data": (("--data", "empty.jsonl"), ["empty.jsonl"]),
-        "no room": (("--data", "long.jsonl"), ["long.jsonl", "60 tokens", "max-new-tokens"]),
-        "reward raises": (("--reward", "rewards.py:raises"), ["rewards.py", "ZeroDivisionError", "sample"]),
-        "reward NaN": (("--reward", "rewards.py:nan"), ["nan", "sample 3"]),
-        "reward too short": (("--reward", "rewards.py:short"), ["19 values for 20 samples"]),
-        "reward text": (("--reward", "rewards.py:text"), ["'good'", "sample 0"]),
-        "reward down": (("--reward", "http://127.0.0.1:9/score"), ["127.0.0.1:9", "tries"]),
-        "unwritable folder": (("--output-dir", "file/run"), ["file/run"]),
-        "layout": (("--layout.dp", 3), ["3", "1 process"]),
-        "batch": (("--minibatch-size", 12), ["--batch-size 16", "--minibatch-size 12"]),
-        "not a model": (("--model", "rewards.py"), ["rewards.py"]),
-    }
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(list("0123456789")[:8])
+    tokenizer.save_pretrained(folder / "big")
+    return folder
 
 
-CASE_NAMES = [
-    "misspelt flag",
-    "missing file",
-    "malformed line",
-    "missing field",
-    "empty data",
-    "no room",
-    "reward raises",
-    "reward NaN",
-    "reward too short",
-    "reward text",
-    "reward down",
-    "unwritable folder",
-    "layout",
-    "batch",
-    "not a model",
-]
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_ppo_rejects(case, tiny, bad_folder, monkeypatch, capfd):
+    """In this process, as one rank: an exit with an error, one message that names the culprit, no traceback."""
+    flags, names = BAD_INPUTS[case]
+    monkeypatch.chdir(bad_folder)
+    model = () if "--model" in flags else ("--model", tiny)
+    short = [flag for flag in SHORT if flag not in flags]
+    argv = ["ppo.py", *model, *short, "--max-iterations", 2, *flags]
+    if "--minibatch-size" in flags:
+        argv = ["ppo.py", *model, "--batch-size", 16, *flags]
+    monkeypatch.setattr("sys.argv", [str(x) for x in argv])
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as stopped:
+        launch(ppo.main, ppo.Args)
+    out, err = capfd.readouterr()
+    assert stopped.value.code not in (0, None) and time.monotonic() - started < 60
+    for name in names:
+        assert name in err + out, (name, err)
+    assert "Traceback" not in err, err
+
+
+def test_one_failing_replica_stops_both_with_one_message(tiny, bad_folder):
+    flags = ("--model", tiny, *SHORT, "--max-iterations", 2, "--reward", "rewards.py:fails_on_rank_one")
+    started = time.monotonic()
+    status, _, err = run("ppo.py", *flags, cwd=bad_folder, ranks=2)
+    assert status != 0 and time.monotonic() - started < 60
+    assert err.count("error: rank 1: reward rewards.py:fails_on_rank_one raised RuntimeError: no such luck") == 1, err
+
+
+def test_killed_rank_ends_the_others(tiny, tmp_path):
+    flags = ("--model", tiny, *SHORT, "--max-iterations", 10_000, "--output-dir", tmp_path / "run")
+    process = start("ppo.py", *flags, cwd=tmp_path, ranks=2)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count('"train"') >= 2):
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    victim = int(children.split()[-1])
+    started = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - started < 60
+    assert "SIGKILL" in err or "exitcode: -9" in err or "-9" in err, err
+
+
+def test_nan_weight_is_named_before_it_spreads(tmp_path):
+    def poison(decoder):
+        decoder.layers[1].ffn_out.weight[3, 5] = float("nan")
+
+    folder = make_tiny_model(tmp_path / "model", edit=poison)
+    status, _, err = run("ppo.py", "--model", folder, *SHORT, "--max-iterations", 2, cwd=tmp_path)
+    assert status == 1 and "transformer.h.1.mlp.c_proj.weight holds a NaN" in err, err
+
+
+def test_overflowing_gradients_skip_steps_and_stop_the_run(tiny, tmp_path):
+    (tmp_path / "huge.py").write_text("def huge(samples):\n    return [1e39] * len(samples)\n")
+    flags = (
+        "--model",
+        tiny,
+        *SHORT,
+        "--max-iterations",
+        9,
+        "--reward",
+        "huge.py:huge",
+        "--output-dir",
+        tmp_path / "run",
+    )
+    status, _, err = run("ppo.py", *flags, cwd=tmp_path)
+    assert status == 1 and "5 optimizer steps in a row skipped: non-finite gradient of" in err, err
+    assert read_rows(tmp_path / "run")[0]["skipped_steps"] > 0
