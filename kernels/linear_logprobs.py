@@ -1,7 +1,8 @@
 """From hidden states to log-probabilities and entropies without a [tokens, vocab] tensor.
 
 The logits l = (h W^T + b) / temperature of one vocabulary shard exist for one chunk of tokens at a time, in the forward
-and again in the backward. A shard knows, per token and with m the largest logit (a constant for the gradient),
+and again in the backward, unless all tokens fit one chunk: then its exponentials are kept for the backward. A shard
+knows, per token and with m the largest logit (a constant for the gradient),
 
     S = sum_j exp(l_j - m)        z = l_target        T = sum_j exp(l_j - m) (l_j - m)
 
@@ -24,7 +25,7 @@ def chunk_logits(hidden, weight, bias, temperature, num_valid):
 
 
 class LinearLogprobs(torch.autograd.Function):
-    """(max, S, z, T) of one vocabulary shard; recomputes each chunk's logits in the backward."""
+    """(max, S, z, T) of one vocabulary shard; several chunks recompute their logits in the backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, token_ids, bias, temperature, vocab_start, num_valid):
@@ -43,27 +44,34 @@ class LinearLogprobs(torch.autograd.Function):
             exp = logits.exp()
             sum_exp[rows] = exp.sum(1)
             weighted[rows] = torch.linalg.vecdot(exp, logits)
-        ctx.save_for_backward(hidden, weight, token_ids, bias, largest)
+        kept = exp if 0 < len(hidden) <= chunk else None
+        ctx.save_for_backward(hidden, weight, token_ids, bias, largest, kept)
         ctx.settings = temperature, vocab_start, num_valid, chunk
         ctx.mark_non_differentiable(largest)
+        ctx.set_materialize_grads(False)  # a loss without entropy has no gradient for T
         return largest, sum_exp, target, weighted
 
     @staticmethod
     def backward(ctx, _, grad_sum_exp, grad_target, grad_weighted):
-        hidden, weight, token_ids, bias, largest = ctx.saved_tensors
+        hidden, weight, token_ids, bias, largest, kept = ctx.saved_tensors
         temperature, vocab_start, num_valid, chunk = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=largest.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=largest.dtype) if ctx.needs_input_grad[3] else None
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
-            shifted = chunk_logits(hidden[rows], weight, bias, temperature, num_valid).sub_(largest[rows, None])
-            # dS/dl = e, dT/dl = e (1 + l - m), dz/dl = 1 at the target, with e = exp(l - m)
-            grad = shifted.exp().mul_(torch.addcmul(grad_sum_exp[rows, None], shifted + 1, grad_weighted[rows, None]))
-            local_ids = token_ids[rows] - vocab_start
-            is_here = (local_ids >= 0) & (local_ids < num_valid)
-            grad_here = torch.where(is_here, grad_target[rows], 0.0)
-            grad.scatter_add_(1, local_ids.clamp(0, num_valid - 1)[:, None], grad_here[:, None])
+            exp = kept
+            if exp is None:
+                exp = chunk_logits(hidden[rows], weight, bias, temperature, num_valid).sub_(largest[rows, None]).exp_()
+            # with e = exp(l - m): dS/dl = e, dT/dl = e + e log e, dz/dl = 1 at the target
+            grad = torch.zeros_like(exp) if grad_sum_exp is None else exp * grad_sum_exp[rows, None]
+            if grad_weighted is not None:
+                grad.addcmul_(exp + torch.xlogy(exp, exp), grad_weighted[rows, None])
+            if grad_target is not None:
+                local_ids = token_ids[rows] - vocab_start
+                is_here = (local_ids >= 0) & (local_ids < num_valid)
+                grad_here = torch.where(is_here, grad_target[rows], 0.0)
+                grad.scatter_add_(1, local_ids.clamp(0, num_valid - 1)[:, None], grad_here[:, None])
             if temperature != 1.0:
                 grad /= temperature
             if grad_bias is not None:

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import attention
+from kernels.attention import Visible, attention
 from kernels.decode import decode_attention, decode_bias
 from parallel.model import VOCAB_MULTIPLE, Decoder, DecoderConfig
 
 NUM_SLOTS = 256  # sequences generated at a time
+CACHE_BLOCK = 16  # tokens by which the cache grows
 PREFILL_TOKENS = 1 << 14  # padded prompt tokens of one forward
 ROLLOUT, EVALUATION = 0, 1  # streams of sampling noise
 
@@ -145,41 +146,54 @@ def truncate(weights: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
 class KVCache:
     """Keys and values of the sequences being generated: one slot per sequence, one length per slot.
 
-    Shapes: keys, values [num_layers, num_slots, num_kv_heads, max_len, head_dim]
+    Its capacity, in tokens, grows by CACHE_BLOCK as the longest sequence needs it: batched products over a whole
+    contiguous tensor are several times as fast on a CPU as over the visible part of a larger one.
+
+    Shapes: keys[layer], values[layer] [num_slots, num_kv_heads, capacity, head_dim]
     """
 
-    def __init__(self, config: DecoderConfig, num_slots: int, max_len: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_layers, num_slots, config.num_kv_heads, max_len, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.slots: Tensor | slice = slice(0)  # those that the next forward is about
-        self.lens: Tensor | None = None  # [slots] tokens cached before this forward; None: their prompts come now
+    def __init__(self, config: DecoderConfig, num_slots: int, dtype: torch.dtype, device: torch.device):
+        shape = (num_slots, config.num_kv_heads, 0, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.slots: Tensor | None = None  # those whose prompts the next forward holds; None: it holds one token of each
+        self.lens: Tensor | None = None  # [slots] tokens cached before that token
 
-    def prompt(self, slots: Tensor) -> None:
-        """The next forward holds the whole prompts of these slots."""
-        self.slots, self.lens = slots, None
+    def prompt(self, slots: Tensor, num_tokens: int) -> None:
+        """The next forward holds the whole prompts of these slots, right-padded to num_tokens."""
+        self.slots = slots
+        self.reserve(num_tokens)
 
     def step(self, lens: Tensor) -> None:
-        """The next forward holds one new token of each of the first len(lens) slots."""
-        self.slots, self.lens = slice(len(lens)), lens
-        self.visible_len = int(lens.max()) + 1
-        _, _, num_kv_heads, max_len, _ = self.keys.shape
-        head_rows = torch.arange(len(lens) * num_kv_heads, device=lens.device) * max_len  # [slots * kv_heads]
+        """The next forward holds one new token of each of the first len(lens) slots, which have lens tokens cached."""
+        self.slots, self.lens = None, lens
+        self.reserve(int(lens.max()) + 1)
+        _, num_kv_heads, capacity, _ = self.keys[0].shape
+        head_rows = torch.arange(len(lens) * num_kv_heads, device=lens.device) * capacity  # [slots * kv_heads]
         self.places = head_rows + lens.repeat_interleave(num_kv_heads)  # where each head's new key goes
         self.bias: dict[int | None, Tensor] = {}  # by window
 
+    def reserve(self, num_tokens: int) -> None:
+        """Makes room for sequences of num_tokens, layer by layer."""
+        missing = num_tokens - self.keys[0].shape[2]
+        if missing > 0:
+            grown = -(-missing // CACHE_BLOCK) * CACHE_BLOCK
+            for stored in (self.keys, self.values):
+                for i, layer in enumerate(stored):
+                    stored[i] = F.pad(layer, (0, 0, 0, grown))
+
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copies slots over others."""
-        self.keys[:, targets] = self.keys[:, sources]
-        self.values[:, targets] = self.values[:, sources]
+        for stored in (*self.keys, *self.values):
+            stored[targets] = stored[sources]
 
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, visible) -> Tensor:
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         """Stores this forward's keys and values, then attends to everything stored.
 
         Shapes: q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_kv_heads, head_dim] -> q's
         """
         keys, values = self.keys[layer], self.values[layer]
-        if self.lens is None:  # what lies beyond a prompt's end is overwritten before it is ever visible
+        if self.slots is not None:  # what lies beyond a prompt's end is overwritten before it is ever visible
             keys[self.slots, :, : k.shape[1]] = k.transpose(1, 2)
             values[self.slots, :, : v.shape[1]] = v.transpose(1, 2)
             return attention(q, k, v, visible)
@@ -187,9 +201,9 @@ class KVCache:
             stored.view(-1, stored.shape[-1]).index_copy_(0, self.places, new.reshape(-1, new.shape[-1]))
         window = visible.window
         if window not in self.bias:
-            self.bias[window] = decode_bias(self.lens + 1, self.visible_len, window)
-        seen = (self.slots, slice(None), slice(self.visible_len))
-        return decode_attention(q[:, 0], keys[seen], values[seen], self.bias[window])[:, None]
+            self.bias[window] = decode_bias(self.lens + 1, keys.shape[2], window)
+        num_slots = len(self.lens)
+        return decode_attention(q[:, 0], keys[:num_slots], values[:num_slots], self.bias[window])[:, None]
 
 
 def lm_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
@@ -208,7 +222,7 @@ def prefill(decoder: Decoder, cache: KVCache, input_ids, prompt_lens, rows: Tens
     lens = prompt_lens[rows]
     prompt_ids = input_ids[rows, : int(lens.max())]  # [n, longest]; causality hides the padding
     positions = torch.arange(prompt_ids.shape[1], device=prompt_ids.device).expand_as(prompt_ids)
-    cache.prompt(slots)
+    cache.prompt(slots, prompt_ids.shape[1])
     hidden = decoder(prompt_ids, positions, torch.zeros_like(prompt_ids), cache)
     return hidden[torch.arange(len(rows), device=rows.device), lens - 1]
 
@@ -277,7 +291,7 @@ def generate(
     kept_mass = torch.zeros((), dtype=torch.float64, device=device)
 
     num_slots = min(num_slots, batch)
-    cache = KVCache(config, num_slots, max_len, dtype, device)
+    cache = KVCache(config, num_slots, dtype, device)
     rows = torch.zeros(0, dtype=torch.long, device=device)  # [active] the sequence in each slot; slots are contiguous
     num_started = 0
 
