@@ -78,12 +78,11 @@ class Args:
     tokenizer: str = ""
     """folder or hub id (default: that of --model)"""
     data: tuple[str, ...] = ("tasks.random_walks:prompts",)
-    """prompts: JSONL or text files (plain or .gz), folders, hub names, or module:function; rows hold `prompt`,
-    `messages` or, with --prompt-tokens, `text`; the reward is handed their other fields"""
+    """JSONL or text files (plain or .gz), folders, hub names, or module:function; rows of `prompt` or `messages`"""
     eval_data: tuple[str, ...] = ()
     """prompts of the evaluation, likewise (default: those of --data, at most 256)"""
     prompt_tokens: int = 0
-    """cut prompts of this many tokens from the rows' `text`; 0 = rows hold prompts"""
+    """cut prompts of this many tokens from rows of `text`; 0 = rows hold prompts"""
     reward: str = "tasks.random_walks:optimality"
     """module:function or file.py:function called as reward(samples) -> list of float, or an http(s) endpoint"""
     output_dir: str = ""
@@ -515,6 +514,49 @@ class Progress:
         return math.sqrt(self.score_m2 / total) or 1.0
 
 
+def describe_batch(args: Args, num_replicas: int) -> list[tuple[str, str]]:
+    """The batch identity: how many episodes, minibatches and micro-batches on how many ranks."""
+    share = args.minibatch_size // num_replicas
+    num_minibatches = args.batch_size // args.minibatch_size
+    return [
+        (
+            "rollout",
+            f"{args.batch_size} episodes = {args.batch_size // args.samples_per_prompt} prompts x "
+            f"{args.samples_per_prompt} samples an iteration",
+        ),
+        (
+            "update",
+            f"{args.epochs} epochs x {num_minibatches} minibatches = {args.epochs * num_minibatches} optimizer steps, "
+            f"each of {args.minibatch_size} episodes",
+        ),
+        (
+            "minibatch",
+            f"{num_replicas} ranks x {math.ceil(share / args.microbatch_size)} micro-batches x "
+            f"{min(share, args.microbatch_size)} episodes",
+        ),
+    ]
+
+
+def rollout_metrics(rollout: Rollout, kl: Tensor | None) -> dict:
+    """What a rollout was like; kl [batch, seq_len] per token, None without a reference."""
+    mask, scores = rollout.response_mask, rollout.token_scores.sum(1)
+    metrics = {
+        "score": scores.mean().item(),
+        "score_std": scores.std(correction=0).item(),
+        "response_len": mask.sum(1).double().mean().item(),
+        "finished": rollout.finished.double().mean().item(),
+        "rollout_hash": zlib.crc32(rollout.input_ids.cpu().numpy().tobytes()),
+    }
+    if kl is not None:
+        metrics["kl"] = (kl.sum() / mask.sum()).item()
+        metrics["kl_per_sequence"] = kl.sum(1).mean().item()
+    if rollout.returns is not None:
+        returns, values = rollout.returns[mask], rollout.values[mask]
+        variance = returns.var(correction=0).clamp(min=1e-8)
+        metrics["explained_variance"] = (1 - (returns - values).var(correction=0) / variance).item()
+    return metrics
+
+
 def main(args: Args) -> None:
     mesh = init_mesh(args.layout)
     run = Run("ppo", args, mesh)
@@ -573,17 +615,7 @@ def main(args: Args) -> None:
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,} in the policy, {args.dtype}"),
             ("layout", f"{mesh.world_size} processes: dp {mesh.dp.size}, on {mesh.device}"),
-            (
-                "batch",
-                f"{args.batch_size} rollouts = {args.batch_size // args.samples_per_prompt} prompts x "
-                f"{args.samples_per_prompt} samples, x {args.epochs} epochs",
-            ),
-            (
-                "",
-                f"{steps_per_iteration} optimizer steps an iteration, each of {args.minibatch_size} sequences = "
-                f"{mesh.dp.size} ranks x {math.ceil(share / args.microbatch_size)} micro-batches x "
-                f"{min(share, args.microbatch_size)} sequences",
-            ),
+            *describe_batch(args, mesh.dp.size),
             ("data", f"{len(prompts)} prompts, {len(eval_prompts)} for evaluation; reward {args.reward}"),
         ]
     )
@@ -661,11 +693,9 @@ def main(args: Args) -> None:
             mesh,
         )
         mask = rollout.response_mask
-        response_lens = mask.sum(1)
         timer["logprobs_seconds"] = time.perf_counter()
 
         # rewards
-        scores = rollout.token_scores.sum(1)  # [batch]
         token_scores = shape_scores(
             rollout.token_scores, rollout.finished, mask, args.missing_eos_score, args.score_clip
         )
@@ -695,7 +725,7 @@ def main(args: Args) -> None:
         for epoch, first in itertools.product(range(args.epochs), range(0, args.batch_size, args.minibatch_size)):
             order = epoch_order(args.batch_size, args.seed, (state.iteration - 1) * args.epochs + epoch)
             minibatch = torch.as_tensor(order[first : first + args.minibatch_size])
-            num_tokens = response_lens[minibatch].sum()
+            num_tokens = mask[minibatch].sum()
             mine = minibatch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
             microbatches = [pack_batch(fields, rollout.seq_lens, rows) for rows in mine.split(args.microbatch_size)]
             loss_fn = partial(minibatch_loss, roles=roles, args=args, num_tokens=num_tokens, value_only=value_only)
@@ -722,10 +752,10 @@ def main(args: Args) -> None:
         # log
         ends = list(timer.values())
         seconds = ends[-1] - started
+        num_tokens = int(rollout.seq_lens.sum())
         state.samples += args.batch_size
-        state.tokens += int(rollout.seq_lens.sum())
+        state.tokens += num_tokens
         state.seconds += seconds
-        returns = rollout.returns[mask] if rollout.returns is not None else None
         row = {
             "event": "train",
             "iteration": state.iteration,
@@ -733,14 +763,11 @@ def main(args: Args) -> None:
             "tokens": state.tokens,
             "seconds": state.seconds,
             "iteration_seconds": seconds,
-            "iteration_tokens": int(rollout.seq_lens.sum()),
-            "rollout_hash": zlib.crc32(rollout.input_ids.cpu().numpy().tobytes()),
+            "iteration_tokens": num_tokens,
             **{name: end - start for (name, end), start in zip(timer.items(), [started, *ends], strict=False)},
-            "tokens_per_second": int(rollout.seq_lens.sum()) / seconds,
-            "score": scores.mean().item(),
-            "score_std": scores.std(correction=0).item(),
-            "response_len": response_lens.double().mean().item(),
-            "finished": rollout.finished.double().mean().item(),
+            "tokens_per_second": num_tokens / seconds,
+            **rollout_metrics(rollout, kl if "ref_policy" in roles else None),
+            "kl_coef": kl_coef,
             "rollout_mismatch": mesh.sum(mismatch[0], "dp").item() / int(mask.sum()),
             "rollout_mismatch_max": mesh.max(mismatch[1], "dp").item(),
             "kept_mass": mesh.sum(generation.kept_mass, "dp") / mesh.dp.size,
@@ -751,12 +778,6 @@ def main(args: Args) -> None:
             "skipped_steps": state.skipped_steps,
             "lr": args.optim.lr * args.optim.lr_multiplier(state.optimizer_steps, total_steps),
         }
-        if "ref_policy" in roles:
-            row["kl"] = (kl.sum() / mask.sum()).item()
-            row["kl_per_sequence"], row["kl_coef"] = kl_per_sequence, kl_coef
-        if returns is not None:
-            residual = (returns - rollout.values[mask]).var(correction=0)
-            row["explained_variance"] = (1 - residual / returns.var(correction=0).clamp(min=1e-8)).item()
         run.log(row)
         run.progress(
             state.iteration,

@@ -41,8 +41,7 @@ class Args:
     tokenizer: str = ""
     """folder or hub id (default: that of --model)"""
     data: tuple[str, ...] = ("tasks.random_walks:walks",)
-    """demonstrations: JSONL or text files (plain or .gz), folders, hub names, or module:function; rows with `text`,
-    `prompt` and `completion`, or `messages`"""
+    """JSONL or text files (plain or .gz), folders, hub names; rows of `text`, `prompt` and `completion`, or `messages`"""
     eval_data: tuple[str, ...] = ()
     """demonstrations of the evaluation, likewise (default: those of --data)"""
     bos: bool = True
