@@ -41,7 +41,7 @@ class Args:
     tokenizer: str = ""
     """folder or hub id (default: that of --model)"""
     data: tuple[str, ...] = ("tasks.random_walks:walks",)
-    """JSONL or text files (plain or .gz), folders, hub names; rows of `text`, `prompt` and `completion`, or `messages`"""
+    """JSONL or text files, folders, hub names, module:function; rows of `text`, `prompt` + `completion`, `messages`"""
     eval_data: tuple[str, ...] = ()
     """demonstrations of the evaluation, likewise (default: those of --data)"""
     bos: bool = True

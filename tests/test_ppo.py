@@ -13,6 +13,7 @@ from parallel.data_parallel import data_parallel
 from parallel.generation import Generation, Sampling, generate
 from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, DecoderConfig, ScalarHead
+from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
 
 EOS = 3
@@ -444,3 +445,26 @@ def test_first_minibatch_has_ratio_one_and_equal_policies_no_kl():
     microbatch = pack_batch(fields, generation.seq_lens, torch.tensor([6, 0, 3, 5]))
     _, metrics = ppo.minibatch_loss(microbatch, roles, make_args(), num_tokens=10)
     assert metrics["max_log_ratio"] < ppo.MAX_LOG_RATIO
+
+
+def test_reference_stays_bit_equal_over_100_steps():
+    mesh = init_mesh()
+    roles = {name: role.float() for name, role in exact_roles().items()}
+    roles["ref_policy"].requires_grad_(False)
+    frozen = {name: p.clone() for name, p in roles["ref_policy"].named_parameters()}
+    before = {name: p.clone() for name, p in roles["policy"].named_parameters()}
+    generation, rewards, values = random_rollout(dtype=torch.float32)
+    old, ref, _ = ppo.describe_tokens(roles, generation, TEMPERATURE, 7)
+    fields = {"input_ids": generation.input_ids, "response_mask": generation.response_mask, "values": values}
+    fields.update(old_logprobs=old, advantages=rewards, returns=rewards)
+    model = data_parallel(roles, mesh, Layout())
+    optimizer = AdamW(model, {"policy": 1e-2, "value_head": 1e-2}, weight_decay=0.1)
+    loss_fn = partial(ppo.minibatch_loss, roles=roles, args=make_args(), num_tokens=18)
+    for _ in range(100):
+        model.zero_grad()
+        forward_backward(model, [pack_batch(fields, generation.seq_lens, torch.arange(7))], loss_fn)
+        clip_grad_norm(model, 1.0, mesh)
+        assert optimizer.step()
+    assert all(torch.equal(p, frozen[name]) for name, p in roles["ref_policy"].named_parameters())
+    assert all((p - before[name]).abs().max() > 1e-3 for name, p in roles["policy"].named_parameters())
+    assert torch.equal(ppo.describe_tokens(roles, generation, TEMPERATURE, 7)[1], ref)
