@@ -756,6 +756,9 @@ def main(args: Args) -> None:
         state.samples += args.batch_size
         state.tokens += num_tokens
         state.seconds += seconds
+        passes = (
+            3 * len(steps) / (args.batch_size // args.minibatch_size) + 2 + ("ref_policy" in roles)
+        )  # of 2 N a token
         row = {
             "event": "train",
             "iteration": state.iteration,
@@ -766,6 +769,7 @@ def main(args: Args) -> None:
             "iteration_tokens": num_tokens,
             **{name: end - start for (name, end), start in zip(timer.items(), [started, *ends], strict=False)},
             "tokens_per_second": num_tokens / seconds,
+            **mesh.utilisation(2 * policy.num_parameters * num_tokens * passes, seconds),
             **rollout_metrics(rollout, kl if "ref_policy" in roles else None),
             "kl_coef": kl_coef,
             "rollout_mismatch": mesh.sum(mismatch[0], "dp").item() / int(mask.sum()),

@@ -229,7 +229,8 @@ def main(args: Args) -> None:
         seconds = time.perf_counter() - started
         state.step += 1
         state.samples += args.batch_size
-        state.tokens += sum(len(example.input_ids) for example in batch)
+        batch_tokens = sum(len(example.input_ids) for example in batch)
+        state.tokens += batch_tokens
         state.seconds += seconds
         row = {
             "event": "train",
@@ -237,7 +238,8 @@ def main(args: Args) -> None:
             "samples": state.samples,
             "tokens": state.tokens,
             "seconds": state.seconds,
-            "tokens_per_second": sum(len(example.input_ids) for example in batch) / seconds,
+            "tokens_per_second": batch_tokens / seconds,
+            **mesh.utilisation(6 * policy.num_parameters * batch_tokens, seconds),
             **metrics,
             "lr": args.optim.lr * scale,
             "skipped_steps": state.skipped_steps,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # a second, dense bfloat16, by part of the GPU's name
 GROUP_TIMEOUT = timedelta(seconds=120)  # a rank that does not come to a collective for so long is lost
 
 
@@ -52,6 +53,12 @@ class Mesh:
     def is_logger(self) -> bool:
         """Whether this is the one rank that prints and writes."""
         return self.rank == 0
+
+    def utilisation(self, flops: float, seconds: float) -> dict[str, float]:
+        """{"mfu": share of the peak that flops in seconds on all ranks are}, empty where the peak is not known."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        return {"mfu": flops / seconds / (peak * self.world_size)} if peak else {}
 
     def sum(self, x, axis: str):
         """Sum over an axis: of a tensor as a new tensor, of a number (in float64) as a float."""
