@@ -23,8 +23,11 @@ from parallel.mesh import Mesh
 from parallel.model import Decoder
 
 FILE_BYTES = 5 << 30  # of one file of exported weights
-# buffers that files of some families hold, and heads that are no part of a decoder
-IGNORED = re.compile(r"(\.attn(ention)?\.(masked_)?bias|rotary_emb\.inv_freq|^score\.weight|^value_head\..*)$")
+STATE, META = "state.safetensors", "meta.json"  # the files of a checkpoint
+REPLACED = "tmp-old-"  # prefix of a folder that is being replaced
+HEADS = ("lm_head.weight", "embed_out.weight")  # transformers 5 holds GPT-NeoX's embed_out as lm_head
+# buffers that files of some families hold, and the head of a reward model
+IGNORED = re.compile(r"(\.attn(ention)?\.(masked_)?bias|rotary_emb\.inv_freq|^score\.weight)$")
 
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
 
@@ -47,9 +50,9 @@ def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype) -> Decoder:
     with WeightFiles(folder) as files, torch.no_grad():
         for name, parameter in decoder.named_parameters():
             read_parameter(files, name, parameter, decoder)
-        unknown = sorted(set(files.names()) - files.used - {n for n in files.names() if IGNORED.search(n)})
         if config.tied_embeddings:
-            unknown = [name for name in unknown if name not in ("lm_head.weight", "embed_out.weight")]
+            check_tied_head(files, decoder)
+        unknown = sorted(name for name in set(files.names()) - files.used if not IGNORED.search(name))
         if unknown:
             raise ValueError(
                 f"{folder}: {len(unknown)} tensors have no place in a {hf_config['model_type']} of this config, "
@@ -103,7 +106,9 @@ class WeightFiles:
                     f"{folder}: {pickled[0]} is pickled, and loading it could run any code; convert it once where you "
                     f"trust it: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
                 )
-            raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+            raise FileNotFoundError(
+                f"{folder} holds neither model.safetensors nor model.safetensors.index.json, the only formats read here"
+            )
         self.handles, self.place = [], {}
         for file in files:
             try:
@@ -124,8 +129,7 @@ class WeightFiles:
 
     def find(self, name: str):
         """The slice object of a tensor, also where a file leaves out the base model's prefix or renames the head."""
-        swapped = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
-        for candidate in (name, name.partition(".")[2], swapped.get(name)):
+        for candidate in (name, name.partition(".")[2], *(HEADS if name in HEADS else ())):
             if candidate in self.place:
                 self.used.add(candidate)
                 return self.place[candidate].get_slice(candidate)
@@ -152,6 +156,17 @@ def read_parameter(files: WeightFiles, name: str, parameter: Tensor, decoder: De
             if not source.isfinite().all():
                 raise ValueError(f"{files.folder}: {hf_name} holds a NaN or an infinite weight")
             parameter[piece.start : piece.start + piece.size].copy_(source)
+
+
+def check_tied_head(files: WeightFiles, decoder: Decoder) -> None:
+    """Raises ValueError if the files hold an LM head of its own where config.json ties it to the embedding."""
+    embedding = decoder.embedding.weight[: decoder.config.vocab_size]
+    for name in set(HEADS) & set(files.names()):
+        if not torch.equal(files.find(name)[:].to(embedding), embedding):
+            raise ValueError(
+                f"{files.folder}: {name} differs from the embedding, which config.json ties it to: set "
+                "tie_word_embeddings to false there if the model was trained with a head of its own"
+            )
 
 
 def unpadded_rows(name: str, parameter: Tensor, decoder: Decoder) -> int:
@@ -214,7 +229,7 @@ def save_decoder(decoder: Decoder, folder: Path | str, mesh: Mesh, tokenizer=Non
 
 
 def save_heads(folder: Path | str, heads: dict[str, nn.Module], mesh: Mesh) -> None:
-    """Writes heads beside a model: heads.safetensors (<role>.<name>) and heads.json (role -> its tensors' shapes)."""
+    """Writes heads beside a model: heads.safetensors (<role>.<name>) and heads.json (role -> kind and shapes)."""
     if not heads:
         return
 
@@ -224,8 +239,11 @@ def save_heads(folder: Path | str, heads: dict[str, nn.Module], mesh: Mesh) -> N
         }
         save_file(tensors, Path(folder) / "heads.safetensors.tmp", {"format": "pt"})
         os.replace(Path(folder) / "heads.safetensors.tmp", Path(folder) / "heads.safetensors")
-        shapes = {role: {n: list(p.shape) for n, p in head.named_parameters()} for role, head in heads.items()}
-        write_json(Path(folder) / "heads.json", shapes)
+        described = {
+            role: {"kind": type(head).__name__, "shapes": {n: list(p.shape) for n, p in head.named_parameters()}}
+            for role, head in heads.items()
+        }
+        write_json(Path(folder) / "heads.json", described)
 
     on_logger(write, f"cannot write {folder}", mesh)
 
@@ -260,27 +278,32 @@ def eos_ids(path_or_id: str, tokenizer) -> list[int]:
 
 
 def save_training_state(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: int, mesh: Mesh) -> None:
-    """Writes folder/step-<step>: state.safetensors, and meta.json with its hash; the newest `keep` stay.
+    """Writes folder/step-<step>: state.safetensors, and meta.json with the hashes of both; the newest `keep` stay.
 
     Args: tensors: full tensors under full names; optimizer state as <name>|m, |v and |master.
     Communication: one barrier.
+    Raises: RankError on every rank if the disk does not take it; the checkpoints before stay.
     """
 
     def write(temporary: Path) -> None:
-        # safetensors takes no tensors that share memory, as the views of a flat unit do
-        save_file({name: x.detach().cpu().clone() for name, x in tensors.items()}, temporary / "state.safetensors")
-        digest = hash_file(temporary / "state.safetensors")
-        write_json(temporary / "meta.json", {"step": step, "sha256": {"state.safetensors": digest}, **meta})
+        # views of a flat unit may share its memory: safetensors refuses only tensors that overlap
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary / STATE)
+        content = json.loads(json.dumps({"step": step, **meta}))
+        content["sha256"] = {STATE: hash_file(temporary / STATE), META: hash_meta(content)}
+        write_json(temporary / META, content)
 
-    write_folder(folder / f"step-{step}", write, mesh)
-
-    def prune() -> None:
+    def remove_leftovers() -> None:
+        restore_replaced(folder, "step-*")
         for leftover in folder.glob("tmp-*"):
             shutil.rmtree(leftover)
+
+    def prune() -> None:
         for old in list_steps(folder)[keep:]:
             os.rename(old, old.with_name(f"tmp-{old.name}"))
             shutil.rmtree(old.with_name(f"tmp-{old.name}"))
 
+    on_logger(remove_leftovers, f"cannot remove what a crash left in {folder}", mesh)
+    write_folder(folder / f"step-{step}", write, mesh)
     on_logger(prune, f"cannot remove old checkpoints in {folder}", mesh)
 
 
@@ -289,18 +312,32 @@ def load_training_state(folder: Path, mesh: Mesh) -> tuple[dict[str, Tensor], di
 
     Communication: rank 0 decides and tells the others.
     """
-    chosen = None
-    if mesh.is_logger:
+    chosen, damaged = None, []
+
+    def choose() -> None:
+        nonlocal chosen
+        restore_replaced(folder, "step-*")
         for path in list_steps(folder):
             problem = find_damage(path)
             if problem is None:
                 chosen = path.name
-                break
-            warnings.warn(f"{path} is damaged ({problem}); the checkpoint before it is used", stacklevel=2)
+                return
+            damaged.append(f"{path} is damaged ({problem})")
+
+    on_logger(choose, f"cannot read the checkpoints in {folder}", mesh)
     chosen = mesh.broadcast_object(chosen)
+    if damaged:
+        instead = f"going on from {chosen}" if chosen else "there is no checkpoint before it"
+        warnings.warn(f"{'; '.join(damaged)}; {instead}", stacklevel=2)
     if chosen is None:
         return None
-    return load_file(folder / chosen / "state.safetensors"), read_json(folder / chosen / "meta.json")
+    error, state = None, None
+    try:
+        state = load_file(folder / chosen / STATE), read_json(folder / chosen / META)
+    except (OSError, ValueError, SafetensorError) as caught:
+        error = ValueError(f"{folder / chosen} cannot be read here: {caught}")
+    mesh.raise_together(error)
+    return state
 
 
 def list_steps(folder: Path) -> list[Path]:
@@ -311,14 +348,17 @@ def list_steps(folder: Path) -> list[Path]:
 
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
+    for name in (META, STATE):
+        if not (path / name).is_file():
+            return f"there is no {name}"
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        for name, digest in meta["sha256"].items():
-            if hash_file(path / name) != digest:
-                return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        meta = json.loads((path / META).read_text())
+        written = meta["sha256"]
+        found = {STATE: hash_file(path / STATE), META: hash_meta(meta)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"{META} cannot be read: {type(error).__name__}: {error}"
+    changed = [name for name in found if found[name] != written.get(name)]
+    return f"{changed[0]} is not what was written" if changed else None
 
 
 # --- whole or not at all --------------------------------------------------------------------------------------------
@@ -328,34 +368,46 @@ def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh) -> Non
     """Has rank 0 fill tmp-<name> by `write`, flush it to disk and rename it; the folder that was there goes last."""
 
     def make() -> None:
-        temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(f"tmp-old-{folder.name}")
+        temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(REPLACED + folder.name)
+        restore_replaced(folder.parent, folder.name)
         for leftover in (temporary, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in temporary.iterdir():
-            if path.is_file():
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            for path in temporary.rglob("*"):
                 flush(path)
-        flush(temporary)
+            flush(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
+            raise
         if folder.exists():
             os.rename(folder, old)
         os.rename(temporary, folder)
         flush(folder.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
     on_logger(make, f"cannot write {folder}", mesh)
 
 
+def restore_replaced(parent: Path, pattern: str) -> None:
+    """Undoes replacements that a crash cut off between the two renames."""
+    for old in parent.glob(REPLACED + pattern):
+        folder = parent / old.name.removeprefix(REPLACED)
+        if not folder.exists():
+            os.rename(old, folder)
+
+
 def on_logger(function: Callable[[], None], failure: str, mesh: Mesh) -> None:
-    """Calls a function on rank 0; the others wait, and all ranks stop if the disk fails it."""
+    """Calls a function on rank 0; the others wait, and all ranks stop if it fails."""
     error = None
     if mesh.is_logger:
         try:
             function()
         except (OSError, SafetensorError) as caught:  # safetensors reports a full disk by its own error
             error = ValueError(f"{failure}: {caught}")
+        except Exception as caught:
+            error = caught
     mesh.raise_together(error)
 
 
@@ -370,6 +422,12 @@ def flush(path: Path) -> None:
 def hash_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_meta(meta: dict) -> str:
+    """Of all entries but the hashes."""
+    rest = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -3,6 +3,8 @@
 A family is supported when every part of its config is: what is not implemented is refused by name, never ignored.
 """
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from parallel.model import DecoderConfig, RotaryScaling
@@ -17,21 +19,25 @@ ACTIVATIONS = {
     "swish": "silu",
     "relu": "relu",
 }
-DROPOUTS = (
-    "attn_pdrop",
-    "embd_pdrop",
-    "resid_pdrop",
-    "attention_dropout",
-    "hidden_dropout",
-    "dropout",
+ROTARY_SCALINGS = ("default", "linear", "llama3")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout")
+REFUSED = (  # entries of a config that change what it computes, if they are set
+    "quantization_config",
+    "num_experts",
+    "num_local_experts",
+    "add_cross_attention",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
 )
 
 
 class Unsupported(ValueError):
     """A part of a config that is not implemented."""
 
-    def __init__(self, source: str, what: str):
-        super().__init__(f"{source}: {what} is not implemented; supported are {', '.join(SUPPORTED)} without it")
+    def __init__(self, source: str, what: str, implemented: Iterable[str] = ()):
+        way_out = f"implemented are {', '.join(implemented)}" if implemented else "use a model without it"
+        super().__init__(f"{source}: {what} is not implemented; {way_out}")
 
 
 def config_from_hf(hf: dict, source: str) -> tuple[DecoderConfig, list[str]]:
@@ -39,35 +45,46 @@ def config_from_hf(hf: dict, source: str) -> tuple[DecoderConfig, list[str]]:
 
     Args: source: what errors call the config.
     Returns: the config, and notes on what was changed (dropout).
-    Raises: ValueError naming what is not implemented.
+    Raises: ValueError naming the entry that is wrong or not implemented.
     """
-    model_type = hf.get("model_type", "none")
+    model_type = hf.get("model_type")
     if model_type not in SUPPORTED:
-        raise ValueError(f"{source}: model_type {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}")
+        raise Unsupported(source, f"model_type {model_type!r}", SUPPORTED)
+    for name in REFUSED:
+        if hf.get(name):
+            raise Unsupported(source, f"{name} {hf[name]}")
     from transformers import AutoConfig
 
-    full = AutoConfig.for_model(model_type, **{k: v for k, v in hf.items() if k != "model_type"}).to_dict()
-    notes = [f"{name} {full[name]} set to 0" for name in DROPOUTS if full.get(name)]
-    for name in ("num_local_experts", "num_experts", "quantization_config"):
-        if full.get(name):
-            raise Unsupported(source, name)
-    build = {"gpt2": from_gpt2, "gptj": from_gptj, "gpt_neox": from_gpt_neox}.get(model_type, from_llama_like)
-    config = build(full, source)
+    try:
+        full = AutoConfig.for_model(
+            **copy.deepcopy(hf)
+        ).to_dict()  # a copy, since transformers writes into rope_scaling
+        build = {"gpt2": from_gpt2, "gptj": from_gptj, "gpt_neox": from_gpt_neox}.get(model_type, from_llama_like)
+        config = build(full, source)
+    except Unsupported:
+        raise
+    except Exception as error:  # transformers checks types and ranges, with errors of several kinds
+        raise ValueError(f"{source} is no valid {model_type} config: {type(error).__name__}: {error}") from error
     if config.num_heads % config.num_kv_heads:
         raise ValueError(f"{source}: {config.num_heads} heads are no multiple of {config.num_kv_heads} key/value heads")
+    notes = [f"{name} {full[name]} set to 0" for name in DROPOUTS if full.get(name)]
     return config, notes
 
 
 def activation(name: str, source: str) -> str:
     if name not in ACTIVATIONS:
-        raise Unsupported(source, f"activation {name!r}")
+        raise Unsupported(source, f"activation {name!r}", ACTIVATIONS)
     return ACTIVATIONS[name]
 
 
+def divide_heads(hidden_size: int, num_heads: int) -> int:
+    """head_dim of the families that have no entry for it."""
+    if hidden_size % num_heads:
+        raise ValueError(f"a hidden size of {hidden_size} is no multiple of {num_heads} heads")
+    return hidden_size // num_heads
+
+
 def from_gpt2(hf: dict, source: str) -> DecoderConfig:
-    for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if hf.get(name):
-            raise Unsupported(source, name)
     if not hf.get("scale_attn_weights", True):
         raise Unsupported(source, "scale_attn_weights false")
     return DecoderConfig(
@@ -75,7 +92,7 @@ def from_gpt2(hf: dict, source: str) -> DecoderConfig:
         hidden_size=hf["n_embd"],
         num_heads=hf["n_head"],
         num_kv_heads=hf["n_head"],
-        head_dim=hf["n_embd"] // hf["n_head"],
+        head_dim=divide_heads(hf["n_embd"], hf["n_head"]),
         ffn_size=hf.get("n_inner") or 4 * hf["n_embd"],
         vocab_size=hf["vocab_size"],
         max_seq_len=hf["n_positions"],
@@ -93,13 +110,16 @@ def from_gpt2(hf: dict, source: str) -> DecoderConfig:
 
 
 def from_gptj(hf: dict, source: str) -> DecoderConfig:
-    head_dim = hf["n_embd"] // hf["n_head"]
+    if hf.get("tie_word_embeddings"):
+        raise Unsupported(source, "tie_word_embeddings true in gptj, whose head has a bias")
+    if not hf.get("rotary_dim"):
+        raise Unsupported(source, f"rotary_dim {hf.get('rotary_dim')}")
     return DecoderConfig(
         num_layers=hf["n_layer"],
         hidden_size=hf["n_embd"],
         num_heads=hf["n_head"],
         num_kv_heads=hf["n_head"],
-        head_dim=head_dim,
+        head_dim=divide_heads(hf["n_embd"], hf["n_head"]),
         ffn_size=hf.get("n_inner") or 4 * hf["n_embd"],
         vocab_size=hf["vocab_size"],
         max_seq_len=hf["n_positions"],
@@ -109,17 +129,16 @@ def from_gptj(hf: dict, source: str) -> DecoderConfig:
         gated=False,
         parallel_residual=True,
         shared_norm=True,
-        rotary_dim=hf.get("rotary_dim") or head_dim,
+        rotary_dim=hf["rotary_dim"],
         rotary_interleaved=True,
         ffn_bias=True,
-        head_bias=not hf.get("tie_word_embeddings", False),
-        tied_embeddings=hf.get("tie_word_embeddings", False),
+        head_bias=True,
         init_std=hf["initializer_range"],
     )
 
 
 def from_gpt_neox(hf: dict, source: str) -> DecoderConfig:
-    head_dim = hf["hidden_size"] // hf["num_attention_heads"]
+    head_dim = divide_heads(hf["hidden_size"], hf["num_attention_heads"])
     return DecoderConfig(
         num_layers=hf["num_hidden_layers"],
         hidden_size=hf["hidden_size"],
@@ -146,19 +165,16 @@ def from_gpt_neox(hf: dict, source: str) -> DecoderConfig:
 def from_llama_like(hf: dict, source: str) -> DecoderConfig:
     """Llama, Mistral, Qwen2 and Qwen3: RMS norms, a gated network, rotary positions, grouped key/value heads."""
     model_type, num_layers = hf["model_type"], hf["num_hidden_layers"]
-    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    head_dim = hf.get("head_dim") or divide_heads(hf["hidden_size"], hf["num_attention_heads"])
     windows: tuple = ()
     if model_type == "mistral" and hf.get("sliding_window"):
         windows = (hf["sliding_window"],) * num_layers
     elif hf.get("use_sliding_window") and hf.get("sliding_window"):
-        kinds = hf.get("layer_types") or [
-            "sliding_attention" if i >= hf.get("max_window_layers", 0) else "full_attention" for i in range(num_layers)
-        ]
-        unknown = set(kinds) - {"sliding_attention", "full_attention"}
+        unknown = sorted(set(hf["layer_types"]) - set(LAYER_TYPES))
         if unknown:
-            raise Unsupported(source, f"layer type {sorted(unknown)[0]!r}")
-        windows = tuple(hf["sliding_window"] if kind == "sliding_attention" else None for kind in kinds)
-    bias = hf.get("attention_bias", False)
+            raise Unsupported(source, f"layer type {unknown[0]!r}", LAYER_TYPES)
+        windows = tuple(hf["sliding_window"] if kind == "sliding_attention" else None for kind in hf["layer_types"])
+    bias = model_type in ("llama", "qwen3") and hf.get("attention_bias", False)
     return DecoderConfig(
         num_layers=num_layers,
         hidden_size=hf["hidden_size"],
@@ -174,8 +190,8 @@ def from_llama_like(hf: dict, source: str) -> DecoderConfig:
         gated=True,
         **rotary_flags(hf, head_dim, source),
         qkv_bias=model_type == "qwen2" or bias,
-        attn_out_bias=model_type != "qwen2" and bias,
-        ffn_bias=hf.get("mlp_bias", False),
+        attn_out_bias=bias,
+        ffn_bias=model_type == "llama" and hf.get("mlp_bias", False),
         qk_norm=model_type == "qwen3",
         tied_embeddings=hf.get("tie_word_embeddings", False),
         windows=windows,
@@ -186,6 +202,8 @@ def from_llama_like(hf: dict, source: str) -> DecoderConfig:
 def rotary_flags(hf: dict, head_dim: int, source: str) -> dict:
     """Rotary dimension, base and scaling, from `rope_parameters` (transformers 5) or `rope_theta` and others (4)."""
     rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    if set(rope) & set(LAYER_TYPES):
+        raise Unsupported(source, "rotary parameters that differ by layer type")
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = rope.get("rope_theta", hf.get("rope_theta", hf.get("rotary_emb_base", 10000.0)))
     default_fraction = 0.25 if hf["model_type"] == "gpt_neox" else 1.0
@@ -202,7 +220,7 @@ def rotary_flags(hf: dict, head_dim: int, source: str) -> dict:
             rope["original_max_position_embeddings"],
         )
     elif kind != "default":
-        raise Unsupported(source, f"rotary scaling {kind!r}")
+        raise Unsupported(source, f"rotary scaling {kind!r}", ROTARY_SCALINGS)
     return {"rotary_dim": int(head_dim * fraction), "rotary_base": float(base), "rotary_scaling": scaling}
 
 
