@@ -56,9 +56,7 @@ def config_from_hf(hf: dict, source: str) -> tuple[DecoderConfig, list[str]]:
     from transformers import AutoConfig
 
     try:
-        full = AutoConfig.for_model(
-            **copy.deepcopy(hf)
-        ).to_dict()  # a copy, since transformers writes into rope_scaling
+        full = AutoConfig.for_model(**copy.deepcopy(hf)).to_dict()  # a copy: transformers writes into rope_scaling
         build = {"gpt2": from_gpt2, "gptj": from_gptj, "gpt_neox": from_gpt_neox}.get(model_type, from_llama_like)
         config = build(full, source)
     except Unsupported:

@@ -92,10 +92,8 @@ CASES = {
 def make_oracle(hf_config, spread=0.1):
     """A small random transformers model; no bias is zero and no norm weight one."""
     torch.manual_seed(0)
-    entries = {name: value for name, value in hf_config.items() if name != "model_type"}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(hf_config["model_type"], **entries), attn_implementation="eager"
-    ).eval()
+    config = AutoConfig.for_model(**copy.deepcopy(hf_config))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else spread))
