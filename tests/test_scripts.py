@@ -1,6 +1,7 @@
 """The scripts as a user runs them: learning, ranks, resume, forks, bad input."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,15 @@ from tasks.random_walks import make_tokenizer
 from tests.scripts import ROOT, TINY_GPT2, make_tiny_model, read_rows, run, start, without_times
 
 SHORT = ("--batch-size", 16, "--minibatch-size", 8, "--microbatch-size", 4, "--eval-samples", 20, "--eval-every", 4)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Gives SIGTERM and SIGUSR1 back after a script has run in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +95,51 @@ def test_sft_learns_the_walks(tmp_path):
     assert status == 0, err
     losses = [row["eval_loss"] for row in read_rows(tmp_path / "runs/sft", "eval")]
     assert losses[0] > 3.0 and losses[-1] < 1.0, losses
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    "rloo": ("--advantage", "rloo", "--samples-per-prompt", 4),
+    "grpo": ("--advantage", "grpo", "--samples-per-prompt", 4),
+    "value model": ("--value-model", "copy", "--value-lr", 1e-3, "--value-warmup-iterations", 2),
+    "bfloat16": ("--dtype", "bfloat16"),
+    "float64": ("--dtype", "float64"),
+    "truncated": ("--sampling.top-k", 5, "--sampling.top-p", 0.9, "--sampling.temperature", 0.7),
+    "stop": ("--sampling.stop", "ab", "c"),
+    "scores": ("--score-clip", 0.5, "--score-scaling", "--missing-eos-score", -1),
+    "KL": ("--kl-coef", 0.1, "--kl-target", 0.01, "--max-kl", 1e-9, "--entropy-coef", 0.01),
+    "no reference": ("--kl-coef", 0),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ppo_options_work(variant, tiny, tmp_path, monkeypatch, capfd):
+    """Two iterations in this process: finite metrics, and what the option is for."""
+    flags = ("--model", tiny, *SHORT, "--max-iterations", 2, "--optim.lr", 0.003, *VARIANTS[variant])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ppo.py", *map(str, flags)])
+    launch(ppo.main, ppo.Args)
+    out, _ = capfd.readouterr()
+    rows = read_rows("runs/ppo")
+    assert len(rows) == 2
+    assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float)), rows
+    expected_steps = 8 if variant != "KL" else 2  # the first minibatch of an iteration is on-policy, the second is not
+    assert rows[-1]["optimizer_steps"] == expected_steps
+    if variant in ("rloo", "grpo"):
+        assert "value_loss" not in rows[0] and not (tmp_path / "runs/ppo/model/heads.safetensors").exists()
+    if variant == "value model":
+        before, after = load_file(tiny / "model.safetensors"), load_file(tmp_path / "runs/ppo/model/model.safetensors")
+        assert all(torch.equal(after[name], x) for name, x in before.items()), "the policy moved in value warm-up"
+    if variant == "truncated":
+        assert 0.1 < rows[0]["kept_mass"] < 0.999 and out.count("off-policy") == 1
+    if variant == "stop":
+        samples = [json.loads(line) for line in (tmp_path / "runs/ppo/samples.jsonl").read_text().splitlines()]
+        assert not any("ab" in row["response"] or "c" in row["response"] for row in samples)
+        assert rows[0]["finished"] > 0.1
+    if variant == "KL":
+        assert rows[1]["kl_coef"] != rows[0]["kl_coef"] and rows[0]["kl_per_sequence"] == 0
+    assert ("kl" in rows[0]) == (variant != "no reference")
 
 
 # --- resume ---------------------------------------------------------------------------------------------------------
