@@ -97,7 +97,7 @@ class Args:
     """of the sampling noise, the order of prompts and minibatches"""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """of parameters and activations; the optimizer keeps a float32 copy of bfloat16 parameters"""
-    max_iterations: int = 50
+    max_iterations: int = 60
     """rollouts, each with its updates; 0 evaluates and stops"""
     eval_every: int = 10
     """iterations between evaluations"""
