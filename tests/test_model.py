@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
@@ -175,6 +176,10 @@ def test_greedy_tokens_match_transformers(case, tmp_path):
     assert len(set(sum(ours.response_ids(), []))) >= 12, "the oracle repeats itself"
 
 
+def tensor_names(folder):
+    return sorted(name for path in Path(folder).glob("*.safetensors") for name in safe_open(path, "pt").keys())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("sharded", [False, True], ids=["single file", "several files"])
 def test_export_opens_in_transformers_with_equal_logits(pair, sharded, tmp_path, monkeypatch):
@@ -185,6 +190,7 @@ def test_export_opens_in_transformers_with_equal_logits(pair, sharded, tmp_path,
         decoder = load_decoder(str(tmp_path / "source"), init_mesh(), torch.float32)
     save_decoder(decoder, tmp_path / "model", init_mesh())
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1 or not sharded
+    assert tensor_names(tmp_path / "model") == tensor_names(decoder.source)
     reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
     weights = reopened.state_dict()
     for name, weight in oracle.state_dict().items():
