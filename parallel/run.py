@@ -4,8 +4,10 @@ A run folder holds args.json, metrics.jsonl (one object per iteration), samples.
 and model/. Rank 0 alone writes and prints.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -17,55 +19,70 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 import tyro
 
 from parallel.checkpoint import load_training_state, on_logger
 from parallel.collectives import RankError
 from parallel.mesh import Mesh
 
-# flags whose change leaves the rest of a run as it would have been, or that the user asks for by giving them
-HARMLESS = {
-    "output_dir",
-    "resume",
-    "overwrite",
-    "allow_change",
-    "eval_every",
-    "save_every",
-    "log_every",
-    "track",
-    "microbatch_size",
-    "layout.dp",
-}
+# flags whose change leaves the rest of a run as it would have been
+HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size", "layout.dp"}
+SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say how to start, not what to run
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to report an error that all of them have
-PANELS = (  # title, key of training rows, keys of evaluation rows
-    ("score", "score", ("eval_score_sampled", "eval_score_greedy")),
-    ("loss (nats per token)", "loss", ("eval_loss",)),
-    ("KL to the reference (nats per sequence)", "kl_per_sequence", ()),
-    ("entropy (nats per token)", "entropy", ()),
-    ("response length (tokens)", "response_len", ("eval_response_len",)),
-    ("KL of the update (nats per token)", "approx_kl", ()),
-    ("explained variance of the values", "explained_variance", ()),
-    ("gradient norm", "grad_norm", ()),
+PANELS = (  # of curves.png, the first six that a run has: title, key of training rows, label and key of evaluation rows
+    ("score", "score", {"evaluation, sampled": "eval_score_sampled", "evaluation, greedy": "eval_score_greedy"}),
+    ("loss (nats per token)", "loss", {"evaluation": "eval_loss"}),
+    ("KL to the reference (nats per sequence)", "kl_per_sequence", {}),
+    ("response length (tokens)", "response_len", {"evaluation, sampled": "eval_response_len"}),
+    ("entropy (nats per token)", "entropy", {}),
+    ("explained variance of the values", "explained_variance", {}),
+    ("gradient norm", "grad_norm", {}),
+    ("KL of the update (nats per token)", "approx_kl", {}),
 )
 
-_stop_signals: list[int] = []
+
+@dataclasses.dataclass
+class Process:
+    """What signals and errors of this process need to know, whoever handles them."""
+
+    stop_signals: list[int] = dataclasses.field(default_factory=list)  # SIGTERM and SIGUSR1 that have come
+    line_open: bool = False  # a progress line on the terminal waits to be overwritten
+    store: dist.Store | None = None  # where the first rank that reports an error leaves a mark
+
+
+_process = Process()
 
 
 def launch(main: Callable, Args: type) -> None:
     """Parses the flags and runs main(args): the last line of every script.
 
     An error that a user can mend is one message without a traceback, and exit status 1. SIGTERM and SIGUSR1 ask the run
-    to save and end (`Run.stop_requested`).
+    to save and end (`Run.stop_requested`). Warnings are plain lines, of rank 0 alone.
     """
     rank = int(os.environ.get("RANK", 0))
+    _process.stop_signals.clear()
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: _stop_signals.append(number))
+        signal.signal(number, lambda number, _: _process.stop_signals.append(number))
+    warnings.showwarning = lambda message, *_: say(f"warning: {message}", sys.stderr) if rank == 0 else None
     try:
-        args = tyro.cli(Args, console_outputs=rank == 0)
+        with contextlib.ExitStack() as silence:
+            if rank > 0:
+                for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                    silence.enter_context(redirect(io.StringIO()))
+            args = tyro.cli(Args)
+    except SystemExit as stop:
+        if rank > 0 and stop.code:  # the launcher ends all ranks when one has failed: rank 0 must have spoken before
+            leave_to_rank_0(10 * SILENCE)
+        raise
+    try:
         main(args)
     except (ValueError, OSError, RankError) as error:
         fail(f"error: {error}", rank, 1)
+    except torch.OutOfMemoryError as error:
+        fail(f"error: a smaller --microbatch-size needs less memory: {str(error).splitlines()[0]}", rank, 1)
     except KeyboardInterrupt:
         fail("interrupted", rank, 130)
     except SystemExit:
@@ -74,14 +91,33 @@ def launch(main: Callable, Args: type) -> None:
         fail(traceback.format_exc(), rank, 1)
 
 
+def say(text: str, file=None) -> None:
+    """Prints a line below the progress line."""
+    if _process.line_open:
+        print(flush=True)
+        _process.line_open = False
+    print(text, file=file, flush=True)
+
+
+def leave_to_rank_0(seconds: float) -> None:
+    """Waits while rank 0 reports an error; the launcher then ends this process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
 def fail(message: str, rank: int, status: int) -> None:
-    """Prints a message once, whether one rank has it or all, and ends the process."""
+    """Prints a message, once whether one rank has it or all, and ends the process."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if rank > 0:  # an error that rank 0 has too is reported there, and the launcher ends this process meanwhile
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(SILENCE)
-    prefix = f"rank {rank}: " if world_size > 1 and rank > 0 else ""
-    print(f"{prefix}{message.strip()}", file=sys.stderr, flush=True)
+    if rank > 0:
+        leave_to_rank_0(SILENCE)
+    reported = False
+    if _process.store is not None:
+        try:
+            reported = _process.store.add("errors", 1) > 1
+        except RuntimeError:  # the store lived in a lost process
+            pass
+    if not reported:
+        say(f"rank {rank}: {message.strip()}" if rank > 0 else message.strip(), sys.stderr)
     sys.stdout.flush()
     if world_size > 1:
         os._exit(status)  # a process group with a lost member may hang in its own end
@@ -111,29 +147,35 @@ class Run:
 
     def __init__(self, script: str, args, mesh: Mesh):
         self.script, self.args, self.mesh = script, args, mesh
+        self.resuming = False
+        self.first_progress: tuple[float, int] | None = None  # time and iterations done at the first progress line
+        self.trackers: list[Callable[[dict], None]] = []
+        _process.store = mesh.world.store
         folder, error = None, None
         if mesh.is_logger:
             try:
+                check_tracker(args.track)
                 folder = self.choose_folder()
+                self.open_tracker(folder)
             except OSError as caught:
-                error = ValueError(f"--output-dir {args.output_dir or 'runs'} cannot be written: {caught}")
+                error = f"--output-dir {args.output_dir or 'runs'} cannot be written: {caught.strerror or caught}"
             except ValueError as caught:
-                error = caught
-        mesh.raise_together(error)
-        folder, self.resuming = mesh.broadcast_object((folder, getattr(self, "resuming", False)))
-        self.folder = Path(folder)
-        self.first_progress: tuple[float, int] | None = None  # time and iterations done at the first progress line
-        self.trackers: list[Callable[[dict], None]] = []
-        mesh.raise_together(self.open_trackers() if mesh.is_logger else None)
+                error = str(caught)
+        folder, self.resuming, error = mesh.broadcast_object((folder, self.resuming, error))
+        if error is not None:
+            raise ValueError(error)
+        self.folder = folder
 
-    def choose_folder(self) -> str:
-        args = self.args
-        default = Path("runs")
+    def choose_folder(self) -> Path:
+        """The run's folder, made or emptied or checked against the flags of the run that it holds."""
+        args, default = self.args, Path("runs")
+        if args.resume and args.overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
         if args.output_dir:
             folder = Path(args.output_dir)
         elif args.resume:
             known = [path.parent for path in default.glob(f"{self.script}*/args.json")]
-            folder = max(known, key=lambda path: path.stat().st_mtime, default=default / self.script)
+            folder = max(known, key=last_written, default=default / self.script)
         else:
             names = [self.script, *(f"{self.script}-{i}" for i in range(2, 100_000))]
             folder = next(default / name for name in names if not (default / name).exists())
@@ -148,29 +190,34 @@ class Run:
         if self.resuming and (folder / "args.json").exists():
             self.compare_flags(folder / "args.json")
         write_atomically(folder / "args.json", json.dumps(flat_flags(args), indent=2) + "\n")
-        return str(folder)
+        return folder
 
     def compare_flags(self, path: Path) -> None:
         """Lists the flags that differ from the saved ones; refuses those that change the run."""
-        saved, now = json.loads(path.read_text()), flat_flags(self.args)
+        try:
+            saved, now = json.loads(path.read_text()), flat_flags(self.args)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}); once it is deleted, the flags given are believed") from None
         allowed = HARMLESS | {name.strip("-").replace("-", "_") for name in self.args.allow_change}
-        if now["optim.schedule"] == "constant":  # else the learning rate depends on the length of the run
+        if now.get("optim.schedule") == "constant":  # else the learning rate depends on the length of the run
             allowed |= {"max_iterations", "max_steps"}
-        changed = {name: (saved.get(name), value) for name, value in now.items() if saved.get(name) != value}
-        listed = {name: pair for name, pair in changed.items() if name not in ("resume", "overwrite", "allow_change")}
-        lines = [f"--{n.replace('_', '-')} was {a!r}, is {b!r}" for n, (a, b) in listed.items() if n != "output_dir"]
-        refused = [name.replace("_", "-") for name in changed if name not in allowed]
+        lines, refused = [], []
+        for name, value in now.items():
+            if saved.get(name) != value and name not in SILENT:
+                flag = name.replace("_", "-")
+                lines.append(f"--{flag} was {saved.get(name)!r}, is {value!r}")
+                refused += [flag] if name not in allowed else []
         if refused:
-            raise ValueError(
-                "the run to resume was made with other flags:\n  " + "\n  ".join(lines) + f"\ngive the old ones, or "
-                f"--allow-change {' '.join(refused)}"
-            )
+            differences = "\n  ".join(["the run to resume was made with other flags:", *lines])
+            raise ValueError(f"{differences}\ngive the old ones, or --allow-change {' '.join(refused)}")
         for line in lines:
             self.note(f"resumed with another flag: {line}")
 
     def load_checkpoint(self) -> tuple[dict, dict] | None:
         """Tensors and meta of the newest intact checkpoint of a resumed run; later rows of its files are dropped."""
         if not self.resuming:
+            if self.args.resume:
+                self.note(f"no run in {self.folder} to resume: starting anew")
             return None
         saved = load_training_state(self.folder / "checkpoints", self.mesh)
         step = saved[1]["step"] if saved else -1
@@ -193,21 +240,17 @@ class Run:
                     continue
             write_atomically(path, "".join(kept))
 
-    def open_trackers(self) -> ValueError | None:
-        track = self.args.track
-        if track == "none":
-            return None
-        if importlib.util.find_spec(track) is None:
-            return ValueError(f"--track {track} needs the package {track}: pip install {track}")
-        if track == "wandb":
+    def open_tracker(self, folder: Path) -> None:
+        """Hands all later rows to --track, too."""
+        if self.args.track == "wandb":
             import wandb
 
-            wandb.init(project="rlhf", name=self.folder.name, config=flat_flags(self.args), resume="allow")
+            wandb.init(project="rlhf", name=folder.name, config=flat_flags(self.args))
             self.trackers.append(lambda row: wandb.log(row, step=row["iteration"]))
-        else:
+        elif self.args.track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(self.folder / "tensorboard"))
+            writer = SummaryWriter(str(folder / "tensorboard"))
 
             def write(row):
                 for name, value in row.items():
@@ -216,12 +259,11 @@ class Run:
                 writer.flush()
 
             self.trackers.append(write)
-        return None
 
     def note(self, text: str) -> None:
         """Prints a line, once for all ranks."""
         if self.mesh.is_logger:
-            print(text, flush=True)
+            say(text)
 
     def describe(self, lines: list[tuple[str, str]]) -> None:
         """Prints the opening block: label and text of each line."""
@@ -253,9 +295,10 @@ class Run:
         line += "  ".join(f"{name} {text}" for name, text in shown.items())
         if sys.stdout.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r{line[:width]:{width}}", end="\n" if done == total else "", flush=True)
+            print(f"\r{line[:width]:{width}}", end="", flush=True)
+            _process.line_open = True
         elif done % self.args.log_every == 0 or done == total:
-            print(line, flush=True)
+            say(line)
 
     def samples(self, rows: list[dict], iteration: int) -> None:
         """Appends rows (prompt, response, score, ...) to samples.jsonl and prints some of them as a table."""
@@ -264,13 +307,8 @@ class Run:
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps({"iteration": iteration, **row}) + "\n" for row in rows)
         chosen = rows[:: max(1, len(rows) // 8)][:8]
-        table = [list(rows[0])] + [[cell(value) for value in row.values()] for row in chosen]
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        if sys.stdout.isatty() and self.first_progress is not None:
-            print()
-        for line in table:
-            print("  " + "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip())
-        sys.stdout.flush()
+        for line in format_table(chosen, shutil.get_terminal_size((100, 0)).columns):
+            say(line)
 
     def curves(self) -> None:
         """Draws curves.png from metrics.jsonl."""
@@ -278,8 +316,8 @@ class Run:
             draw_curves(self.folder / "metrics.jsonl", self.folder / "curves.png")
 
     def stop_requested(self) -> bool:
-        """Whether SIGTERM or SIGUSR1 has come to any rank. Communication: one maximum over dp."""
-        return self.mesh.max(float(bool(_stop_signals)), "dp") > 0
+        """Whether SIGTERM or SIGUSR1 has come to any rank. Communication: one maximum over all ranks."""
+        return self.mesh.max(float(bool(_process.stop_signals)), "world") > 0
 
     def finish(self) -> None:
         """Says where the results lie."""
@@ -296,12 +334,39 @@ class Run:
                 self.note(f"{what:30}{self.folder / name}")
 
 
+def check_tracker(track: str) -> None:
+    if track != "none" and importlib.util.find_spec(track) is None:
+        raise ValueError(f"--track {track} needs the package {track}: pip install {track}")
+
+
+def last_written(folder: Path) -> float:
+    """When a run last wrote into its folder, in seconds since 1970."""
+    return max(path.stat().st_mtime for path in folder.iterdir())
+
+
+def format_table(rows: list[dict], columns: int) -> list[str]:
+    """Rows with the same keys as lines, headed by the keys; long texts lose their middle until a line fits."""
+    table = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    while sum(widths) + 2 * len(widths) > columns and max(widths) > 12:
+        widths[widths.index(max(widths))] -= 1
+    lines = []
+    for line in table:
+        cells = []
+        for text, width in zip(line, widths, strict=True):
+            if len(text) > width:
+                head = 2 * (width - 5) // 3
+                text = f"{text[:head]} ... {text[len(text) - (width - 5 - head) :]}"
+            cells.append(f"{text:{width}}")
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
 def cell(value) -> str:
-    """A value as the table of samples shows it."""
+    """A value in one line."""
     if isinstance(value, float):
         return f"{value:.3f}"
-    text = json.dumps(str(value), ensure_ascii=False)[1:-1]  # line breaks as \n
-    return text if len(text) <= 48 else f"{text[:30]} ... {text[-13:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))  # line breaks as \n
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -316,41 +381,38 @@ def write_atomically(path: Path, text: str) -> None:
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Small multiples of the main metrics over iterations: training rows as lines, evaluations as points."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         warnings.warn("curves.png is not drawn: pip install matplotlib", stacklevel=3)
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train = [row for row in rows if row["event"] == "train"]
-    evaluations = [row for row in rows if row["event"] == "eval"]
 
-    def series(of: list[dict], key: str) -> tuple[list, list]:
-        points = [(row["iteration"], row[key]) for row in of if row.get(key) is not None]
+    def series(event: str, key: str) -> tuple[list, list]:
+        points = [(row["iteration"], row[key]) for row in rows if row["event"] == event and row.get(key) is not None]
         return [x for x, _ in points], [y for _, y in points]
 
-    keys = set().union(*rows) if rows else set()
-    panels = [panel for panel in PANELS if panel[1] in keys and not (panel[1] == "loss" and "score" in keys)]
-    columns = min(3, len(panels)) or 1
-    num_lines = -(-len(panels) // columns) or 1
-    size = (4 * columns, 2.6 * num_lines)
-    figure, axes = pyplot.subplots(num_lines, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
+    keys = set().union(*rows)
+    panels = [panel for panel in PANELS if panel[1] in keys and not (panel[1] == "loss" and "score" in keys)][:6]
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    num_lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.5 * num_lines), layout="constrained")
+    axes = figure.subplots(num_lines, columns, squeeze=False).flat
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    for axis, (title, key, eval_keys) in zip(axes.flat, panels, strict=False):
-        axis.plot(*series(train, key), linewidth=1.2, label="training")
-        for eval_key in eval_keys:
-            axis.plot(*series(evaluations, eval_key), "o-", markersize=3.5, linewidth=0.8, label=eval_key)
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=8)
+    for i, (axis, (title, key, evaluations)) in enumerate(zip(axes, panels, strict=False)):
+        axis.plot(*series("train", key), linewidth=1.3, color="tab:blue", label="training")
+        for (label, eval_key), color in zip(evaluations.items(), ("tab:orange", "tab:green"), strict=False):
+            axis.plot(*series("eval", eval_key), "o--", markersize=4, linewidth=0.7, color=color, label=label)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=9)
         axis.grid(alpha=0.25)
-        if eval_keys:
-            axis.legend(fontsize=7)
-    for axis in axes[-1]:
-        axis.set_xlabel("iteration", fontsize=8)
+        axis.locator_params(axis="x", integer=True)
+        if evaluations:
+            axis.legend(fontsize=8)
+        if i + columns >= len(panels):
+            axis.set_xlabel("iteration", fontsize=9)
     temporary = picture.with_name("tmp-curves.png")
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
+    figure.savefig(temporary, dpi=120)
     os.replace(temporary, picture)
