@@ -5,6 +5,7 @@ and model/. Rank 0 alone writes and prints.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import io
@@ -31,6 +32,7 @@ from parallel.mesh import Mesh
 HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size", "layout.dp"}
 SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say how to start, not what to run
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to report an error that all of them have
 PANELS = (  # of curves.png, the first six that a run has: title, key of training rows, label and key of evaluation rows
     ("score", "score", {"evaluation, sampled": "eval_score_sampled", "evaluation, greedy": "eval_score_greedy"}),
@@ -66,6 +68,8 @@ def launch(main: Callable, Args: type) -> None:
     _process.stop_signals.clear()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: _process.stop_signals.append(number))
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:  # SIGTERM if torchrun dies: leave no orphans
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     warnings.showwarning = lambda message, *_: say(f"warning: {message}", sys.stderr) if rank == 0 else None
     try:
         with contextlib.ExitStack() as silence:
