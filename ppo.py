@@ -40,7 +40,6 @@ from parallel.checkpoint import (
     eos_ids,
     load_decoder,
     save_decoder,
-    save_heads,
     save_training_state,
 )
 from parallel.data import (
@@ -76,19 +75,19 @@ class Args:
     model: str = "tasks.random_walks:base_policy"
     """policy and reference: Hugging Face folder, hub id, or module:function that returns a folder"""
     tokenizer: str = ""
-    """folder or hub id (default: that of --model)"""
+    """folder or hub id; empty = that of --model"""
     data: tuple[str, ...] = ("tasks.random_walks:prompts",)
     """JSONL or text files (plain or .gz), folders, hub names, or module:function; rows of `prompt` or `messages`"""
     eval_data: tuple[str, ...] = ()
-    """prompts of the evaluation, likewise (default: those of --data, at most 256)"""
+    """prompts of the evaluation, likewise; none = those of --data, at most 256"""
     prompt_tokens: int = 0
     """cut prompts of this many tokens from rows of `text`; 0 = rows hold prompts"""
     reward: str = "tasks.random_walks:optimality"
     """module:function or file.py:function called as reward(samples) -> list of float, or an http(s) endpoint"""
     output_dir: str = ""
-    """run folder (default: the next free of runs/ppo, runs/ppo-2, ...)"""
+    """run folder; empty = the next free of runs/ppo, runs/ppo-2, ..."""
     resume: bool = False
-    """go on from the newest checkpoint of --output-dir (default: of the newest runs/ppo*)"""
+    """go on from the newest checkpoint of --output-dir, or of the newest runs/ppo*"""
     overwrite: bool = False
     """replace the run that --output-dir holds"""
     allow_change: tuple[str, ...] = ()
@@ -453,7 +452,7 @@ def check_mismatch(generation, old_logprobs, dtype, iteration, tokenizer, mesh):
     difference = (generation.logprobs - old_logprobs).abs()  # [batch, seq_len]
     error = None
     if dtype == torch.bfloat16:
-        if difference[generation.response_mask].exp().mean() > 1.05:
+        if mesh.max(difference[generation.response_mask].exp().mean().item(), "dp") > 1.05:
             warnings.warn(f"iteration {iteration}: rollout and training log-probabilities differ by 5 %", stacklevel=2)
     elif not difference.max() <= MAX_MISMATCH:  # a NaN is no agreement
         row, t = divmod(int(difference.argmax()), difference.shape[1])
@@ -614,7 +613,7 @@ def main(args: Args) -> None:
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,} in the policy, {args.dtype}"),
-            ("layout", f"{mesh.world_size} processes: dp {mesh.dp.size}, on {mesh.device}"),
+            ("layout", f"data parallel {mesh.dp.size} (processes: {mesh.world_size}), on {mesh.device}"),
             *describe_batch(args, mesh.dp.size),
             ("data", f"{len(prompts)} prompts, {len(eval_prompts)} for evaluation; reward {args.reward}"),
         ]
@@ -629,8 +628,8 @@ def main(args: Args) -> None:
         )
 
     def save_model(name):
-        save_decoder(policy, run.folder / name, mesh, tokenizer)
-        save_heads(run.folder / name, {role: head for role, head in roles.items() if role == "value_head"}, mesh)
+        heads = {role: head for role, head in roles.items() if role == "value_head"}
+        save_decoder(policy, run.folder / name, mesh, tokenizer, heads)
 
     def evaluate_now():
         metrics, table = evaluate(policy, eval_prompts, reward, args, mesh, tokenizer, eos)

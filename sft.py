@@ -39,11 +39,11 @@ class Args:
     model: str = "tasks.random_walks:untrained_policy"
     """Hugging Face folder, hub id, or module:function that returns a folder"""
     tokenizer: str = ""
-    """folder or hub id (default: that of --model)"""
+    """folder or hub id; empty = that of --model"""
     data: tuple[str, ...] = ("tasks.random_walks:walks",)
     """JSONL or text files, folders, hub names, module:function; rows of `text`, `prompt` + `completion`, `messages`"""
     eval_data: tuple[str, ...] = ()
-    """demonstrations of the evaluation, likewise (default: those of --data)"""
+    """demonstrations of the evaluation, likewise; none = those of --data"""
     bos: bool = True
     """begin each demonstration with the tokenizer's BOS, where it has one"""
     eos: bool = True
@@ -53,9 +53,9 @@ class Args:
     packing: bool = True
     """lay several demonstrations in a row, invisible to each other; otherwise one per row, padded"""
     output_dir: str = ""
-    """run folder (default: the next free of runs/sft, runs/sft-2, ...)"""
+    """run folder; empty = the next free of runs/sft, runs/sft-2, ..."""
     resume: bool = False
-    """go on from the newest checkpoint of --output-dir (default: of the newest runs/sft*)"""
+    """go on from the newest checkpoint of --output-dir, or of the newest runs/sft*"""
     overwrite: bool = False
     """replace the run that --output-dir holds"""
     allow_change: tuple[str, ...] = ()
@@ -178,7 +178,7 @@ def main(args: Args) -> None:
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,}, {args.dtype}"),
-            ("layout", f"{mesh.world_size} processes: dp {mesh.dp.size}, on {mesh.device}"),
+            ("layout", f"data parallel {mesh.dp.size} (processes: {mesh.world_size}), on {mesh.device}"),
             (
                 "batch",
                 f"{args.batch_size} demonstrations a step = {mesh.dp.size} ranks x "

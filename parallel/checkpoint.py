@@ -190,9 +190,12 @@ def hf_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
             yield hf_name, whole.t().contiguous() if of_name[0].transposed else whole
 
 
-def save_decoder(decoder: Decoder, folder: Path | str, mesh: Mesh, tokenizer=None) -> None:
+def save_decoder(
+    decoder: Decoder, folder: Path | str, mesh: Mesh, tokenizer=None, heads: dict[str, nn.Module] | None = None
+) -> None:
     """Writes a folder that plain AutoModelForCausalLM and AutoTokenizer open, replacing one that is there.
 
+    Args: heads: role -> head, written beside the model as heads.safetensors and heads.json.
     Communication: one barrier.
     """
 
@@ -204,6 +207,8 @@ def save_decoder(decoder: Decoder, folder: Path | str, mesh: Mesh, tokenizer=Non
             write_json(temporary / "generation_config.json", decoder.generation_config)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if heads:
+            write_heads(temporary, heads)
         groups: list[dict[str, Tensor]] = [{}]
         sizes, weight_map = [0], {}
         for name, tensor in hf_tensors(decoder):
@@ -228,29 +233,20 @@ def save_decoder(decoder: Decoder, folder: Path | str, mesh: Mesh, tokenizer=Non
     write_folder(Path(folder), write, mesh)
 
 
-def save_heads(folder: Path | str, heads: dict[str, nn.Module], mesh: Mesh) -> None:
-    """Writes heads beside a model: heads.safetensors (<role>.<name>) and heads.json (role -> kind and shapes)."""
-    if not heads:
-        return
-
-    def write() -> None:
-        tensors = {
-            f"{role}.{n}": p.detach().clone() for role, head in heads.items() for n, p in head.named_parameters()
-        }
-        save_file(tensors, Path(folder) / "heads.safetensors.tmp", {"format": "pt"})
-        os.replace(Path(folder) / "heads.safetensors.tmp", Path(folder) / "heads.safetensors")
-        described = {
-            role: {"kind": type(head).__name__, "shapes": {n: list(p.shape) for n, p in head.named_parameters()}}
-            for role, head in heads.items()
-        }
-        write_json(Path(folder) / "heads.json", described)
-
-    on_logger(write, f"cannot write {folder}", mesh)
+def write_heads(folder: Path, heads: dict[str, nn.Module]) -> None:
+    """heads.safetensors (<role>.<name>) and heads.json (role -> kind and shapes)."""
+    named = {f"{role}.{name}": p for role, head in heads.items() for name, p in head.named_parameters()}
+    save_file({name: p.detach().clone() for name, p in named.items()}, folder / "heads.safetensors", {"format": "pt"})
+    described = {
+        role: {"kind": type(head).__name__, "shapes": {n: list(p.shape) for n, p in head.named_parameters()}}
+        for role, head in heads.items()
+    }
+    write_json(folder / "heads.json", described)
 
 
 @torch.no_grad()
 def load_heads(folder: Path | str, heads: dict[str, nn.Module]) -> None:
-    """Fills heads from a folder that `save_heads` wrote. Raises: FileNotFoundError, or ValueError naming the tensor."""
+    """Fills heads from a folder that `save_decoder` wrote. Raises: FileNotFoundError, or ValueError naming the tensor."""
     path = Path(folder) / "heads.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no heads.safetensors")

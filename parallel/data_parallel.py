@@ -107,7 +107,15 @@ class DataParallel:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Copies the parameters of a `state_dict`; other entries are ignored. Raises: ValueError naming a misfit."""
+        """Copies the parameters of a `state_dict`; optimizer state (<name>|...) is passed over.
+
+        Raises: ValueError naming a tensor that is missing, of another shape, or of no parameter here.
+        """
+        unknown = sorted(name for name in tensors if "|" not in name and name not in self.state_dict())
+        if unknown:
+            raise ValueError(
+                f"the checkpoint has a tensor {unknown[0]} that this model has not: it is of another model"
+            )
         for name, parameter in self.state_dict().items():
             parameter.copy_(saved_tensor(tensors, name, parameter.shape))
 

@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -275,8 +276,9 @@ class Run:
             self.note(f"{label:11}{text}")
 
     def log(self, row: dict) -> None:
-        """Appends a row to metrics.jsonl and hands it to the trackers."""
+        """Appends a row to metrics.jsonl, a number that is not finite as null, and hands it to the trackers."""
         if self.mesh.is_logger:
+            row = {name: None if x != x or x in (math.inf, -math.inf) else x for name, x in row.items()}
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             for tracker in self.trackers:

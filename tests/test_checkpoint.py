@@ -23,8 +23,8 @@ from parallel.checkpoint import (  # noqa: E402
     load_heads,
     load_training_state,
     save_decoder,
-    save_heads,
     save_training_state,
+    write_heads,
 )
 from parallel.families import config_from_hf  # noqa: E402
 from parallel.mesh import init_mesh  # noqa: E402
@@ -184,7 +184,7 @@ def test_export_replaces_a_folder_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_heads_come_back(tmp_path):
     heads = {"value_head": ScalarHead(5, MESH, std=0.3, seed=1), "reward_head": ScalarHead(7, MESH, std=0.3, seed=2)}
-    save_heads(tmp_path, heads, MESH)
+    write_heads(tmp_path, heads)
     described = json.loads((tmp_path / "heads.json").read_text())
     assert described["reward_head"] == {"kind": "ScalarHead", "shapes": {"weight": [1, 7], "bias": [1]}}
     blank = {"value_head": ScalarHead(5, MESH), "reward_head": ScalarHead(7, MESH)}
