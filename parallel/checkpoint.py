@@ -246,7 +246,7 @@ def write_heads(folder: Path, heads: dict[str, nn.Module]) -> None:
 
 @torch.no_grad()
 def load_heads(folder: Path | str, heads: dict[str, nn.Module]) -> None:
-    """Fills heads from a folder that `save_decoder` wrote. Raises: FileNotFoundError, or ValueError naming the tensor."""
+    """Fills heads from a folder of `save_decoder`. Raises: FileNotFoundError, or ValueError naming the tensor."""
     path = Path(folder) / "heads.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no heads.safetensors")

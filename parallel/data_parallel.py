@@ -113,9 +113,7 @@ class DataParallel:
         """
         unknown = sorted(name for name in tensors if "|" not in name and name not in self.state_dict())
         if unknown:
-            raise ValueError(
-                f"the checkpoint has a tensor {unknown[0]} that this model has not: it is of another model"
-            )
+            raise ValueError(f"the checkpoint has a tensor {unknown[0]} that is not here: it is of another model")
         for name, parameter in self.state_dict().items():
             parameter.copy_(saved_tensor(tensors, name, parameter.shape))
 
