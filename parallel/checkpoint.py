@@ -4,6 +4,7 @@ Every folder is written under another name and renamed when it is complete, so t
 whole. Only rank 0 writes; an error there stops all ranks.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -153,7 +154,7 @@ def read_parameter(files: WeightFiles, name: str, parameter: Tensor, decoder: De
         for piece in of_name:
             rows = slice(piece.hf_start, piece.hf_start + piece.size)
             source = stored[:, rows].t() if piece.transposed else stored[rows]
-            if not source.isfinite().all():
+            if not all(bound.isfinite() for bound in source.aminmax()):  # isfinite on it all would copy it
                 raise ValueError(f"{files.folder}: {hf_name} holds a NaN or an infinite weight")
             parameter[piece.start : piece.start + piece.size].copy_(source)
 
@@ -365,7 +366,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh) -> Non
 
     def make() -> None:
         temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(REPLACED + folder.name)
-        restore_replaced(folder.parent, folder.name)
+        restore_replaced(folder.parent, glob.escape(folder.name))
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
@@ -374,12 +375,13 @@ def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh) -> Non
             for path in temporary.rglob("*"):
                 flush(path)
             flush(temporary)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
         except BaseException:
+            restore_replaced(folder.parent, glob.escape(folder.name))
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
             raise
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(temporary, folder)
         flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
