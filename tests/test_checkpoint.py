@@ -2,10 +2,12 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import threading
 import warnings
 from pathlib import Path
 
@@ -51,6 +53,12 @@ def load(folder, dtype=torch.float32):
     return load_decoder(str(folder), MESH, dtype)
 
 
+def no_space(tensors, path, *_):
+    """What takes the place of save_file: a disk that is full halfway."""
+    Path(path).write_bytes(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def edit_weights(folder, edit):
     """Rewrites model.safetensors with what `edit` makes of its dict of tensors."""
     tensors = {name: x.clone() for name, x in load_file(folder / "model.safetensors").items()}
@@ -93,6 +101,7 @@ DOES_NOT_FIT = {  # case -> (a tensor, what it becomes, what the message must na
     "unknown": ("transformer.h.2.ln_1.weight", torch.ones(32), ["no place", "gpt2"]),
     "shape": ("transformer.wpe.weight", torch.ones(65, 32), ["[65, 32]", "[64, 32]"]),
     "shape, transposed": ("transformer.h.0.attn.c_attn.weight", torch.ones(96, 32), ["[96, 32]", "[32, 96]"]),
+    "infinite, transposed": ("transformer.h.0.mlp.c_proj.weight", torch.full((128, 32), -torch.inf), ["infinite"]),
     "NaN": ("transformer.ln_f.bias", torch.tensor([0.0] * 31 + [torch.nan]), ["NaN"]),
 }
 
@@ -160,17 +169,59 @@ def test_export_keeps_configs_tokenizer_and_dtype(tmp_path):
     assert eos_ids(str(tmp_path / "model"), tokenizer) == [7, 21]
 
 
+def test_eos_ids_are_those_of_all_three_files(tmp_path):
+    folder = make_tiny_model(tmp_path / "model", hf_config={**TINY_GPT2, "eos_token_id": 3})
+    tokenizer = make_tokenizer()
+    assert eos_ids(str(folder), tokenizer) == sorted({3, tokenizer.eos_token_id})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5, 3]}))
+    assert eos_ids(str(folder), tokenizer) == sorted({3, 5, 7, tokenizer.eos_token_id})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    tokenizer.eos_token = None
+    assert eos_ids(str(folder), tokenizer) == [3]
+
+
+def anonymous_bytes():
+    """Memory of this process that no file backs."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+
+def peak_of_load(folder):
+    """Most anonymous memory while a decoder is loaded, as a multiple of its size."""
+    peak, done = 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(1e-3):
+            peak = max(peak, anonymous_bytes())
+
+    before = anonymous_bytes()
+    threading.Thread(target=watch, daemon=True).start()
+    decoder = load(folder)
+    done.set()
+    return (max(peak, anonymous_bytes()) - before) / sum(parameter.nbytes for parameter in decoder.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_loading_holds_no_second_copy(tmp_path):
+    hf_config = {**NEOX, "vocab_size": 4000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}
+    decoder = Decoder(config_from_hf(hf_config, "config.json")[0], MESH, seed=None)
+    decoder.hf_config = hf_config
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.fill_(0.1)
+    save_decoder(decoder, tmp_path / "model", MESH)
+    del decoder
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # a process of its own, without memory freed before
+        peak = pool.apply(peak_of_load, (tmp_path / "model",))
+    assert 0.9 < peak < 1.05, peak
+
+
 def test_export_replaces_a_folder_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = make_tiny_model(tmp_path / "model")
     (folder / "stale.txt").write_text("of the model before")
     old, new = load(folder), load(folder)
     with torch.no_grad():
         new.final_norm.bias.add_(1)
-
-    def no_space(tensors, path, *_):
-        Path(path).write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(checkpoint, "save_file", no_space)
     with pytest.raises(RuntimeError, match="cannot write .*model: .*No space left on device"):
         save_decoder(new, folder, MESH)
@@ -202,9 +253,9 @@ def test_heads_come_back(tmp_path):
 # --- training state -------------------------------------------------------------------------------------------------
 
 
-def state_of(step):
+def state_of(step, offset=0.0):
     """Tensors as a run has them: views of one flat tensor, several types."""
-    flat = torch.arange(10.0) / 3 + step
+    flat = torch.arange(10.0) / 3 + step + offset
     return {
         "policy.a": flat[:4].view(2, 2),
         "policy.b": flat[4:],
@@ -214,16 +265,14 @@ def state_of(step):
 
 
 def save(folder, step, keep=2, mesh=MESH, offset=0.0):
-    tensors = {name: x + offset if x.is_floating_point() else x for name, x in state_of(step).items()}
-    save_training_state(folder, step, tensors, {"kl_coef": 0.1 + step, "best": None}, keep, mesh)
+    save_training_state(folder, step, state_of(step, offset), {"kl_coef": 0.1 + step, "best": None}, keep, mesh)
 
 
 def assert_is_state(saved, step, offset=0.0):
     tensors, meta = saved
-    expected = state_of(step)
+    expected = state_of(step, offset)
     assert tensors.keys() == expected.keys()
     for name, x in expected.items():
-        x = x + offset if x.is_floating_point() else x
         assert tensors[name].dtype == x.dtype and torch.equal(tensors[name], x), name
     assert (meta["step"], meta["kl_coef"], meta["best"]) == (step, 0.1 + step, None)
 
@@ -324,6 +373,57 @@ def killed_at(call, function):
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.parametrize("name", ["model", "run[1]"])  # the second one is a pattern of glob
+def test_kill_at_any_moment_of_an_export_leaves_a_whole_model(name, tmp_path):
+    source = load(make_tiny_model(tmp_path / "source"))
+    new = load(tmp_path / "source")
+    with torch.no_grad():
+        new.final_norm.bias.add_(1)
+    outcomes = []
+    for call in range(1, 100):
+        folder = tmp_path / str(call) / name
+        save_decoder(source, folder, MESH)
+        killed = killed_at(call, lambda folder=folder: save_decoder(new, folder, MESH))
+        moved = folder.with_name(f"tmp-old-{name}")  # between the two renames there is no folder, only the old one here
+        found = load(folder if folder.exists() else moved)
+        outcomes.append(torch.equal(found.final_norm.bias, new.final_norm.bias))
+        assert_same_weights(found, new if outcomes[-1] else source)
+        with pytest.raises(RuntimeError, match="No space"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", no_space)
+            save_decoder(new, folder, MESH)
+        assert_same_weights(load(folder), found)
+        save_decoder(new, folder, MESH)
+        assert_same_weights(load(folder), new)
+        assert names_in(folder.parent) == [name]
+        if not killed:
+            break
+    assert not killed and outcomes == sorted(outcomes) and outcomes.count(False) >= 6 and outcomes[-1], outcomes
+
+
+def test_failed_rename_of_an_export_leaves_the_model_before(tmp_path, monkeypatch):
+    folder = make_tiny_model(tmp_path / "model")
+    old, new = load(folder), load(folder)
+    with torch.no_grad():
+        new.final_norm.bias.add_(1)
+    rename, num_renames = os.rename, 0
+    for fail_at in (1, 2, 3):  # the weights inside the new folder, the old folder away, the new folder in its place
+        num_renames = 0
+
+        def fail(source, target, fail_at=fail_at):
+            nonlocal num_renames
+            num_renames += 1
+            if num_renames == fail_at:
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", fail)
+            with pytest.raises(RuntimeError, match="cannot write .*model: .*Permission denied"):
+                save_decoder(new, folder, MESH)
+        assert_same_weights(load(folder), old)
+        assert names_in(tmp_path) == ["model"], fail_at
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step saved before"])
 def test_kill_at_any_moment_of_a_save_leaves_an_intact_state(again, tmp_path):
     step, offset = (2, 0.5) if again else (3, 0.0)
@@ -336,7 +436,7 @@ def test_kill_at_any_moment_of_a_save_leaves_an_intact_state(again, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing may look complete and be damaged
             saved = load_training_state(folder, MESH)
-        is_new = torch.equal(saved[0]["policy.b"], state_of(step)["policy.b"] + offset)
+        is_new = torch.equal(saved[0]["policy.b"], state_of(step, offset)["policy.b"])
         assert_is_state(saved, step if is_new else 2, offset if is_new else 0.0)
         outcomes.append(is_new)
         save(folder, 4)

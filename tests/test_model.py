@@ -68,9 +68,9 @@ CASES = {
     "llama biases, head_dim 20, multi-query": dict(
         model_type="llama", **{**LLAMA, "num_key_value_heads": 1}, head_dim=20, attention_bias=True, mlp_bias=True
     ),
-    "llama linear rotary scaling, tied": dict(
+    "llama multi-head, linear rotary scaling, tied": dict(
         model_type="llama",
-        **{**LLAMA, "tie_word_embeddings": True},
+        **{**LLAMA, "num_key_value_heads": 6, "tie_word_embeddings": True},
         rope_scaling=dict(rope_type="linear", factor=2.5),
     ),
     "llama 3 rotary scaling": dict(model_type="llama", **LLAMA, rope_theta=500.0, rope_scaling=LLAMA3_SCALING),
@@ -213,6 +213,28 @@ def test_packed_documents_match_each_alone(pair):
     torch.testing.assert_close(packed, alone, rtol=1e-12, atol=1e-12)
 
 
+def test_no_gradient_crosses_documents(pair):
+    lens = (23, 17)
+    decoder = copy.deepcopy(pair[1])
+    input_ids = torch.cat([random_ids(1, lens[0]) % 100, 100 + random_ids(1, lens[1]) % 100], 1)  # no id in both
+    position_ids = torch.cat([torch.arange(n) for n in lens])[None]
+    first_key = torch.repeat_interleave(torch.tensor([0, lens[0]]), torch.tensor(lens))[None]
+    for loss_on, own, other in (
+        (slice(0, lens[0]), slice(0, 100), slice(100, None)),
+        (slice(lens[0], None), slice(100, 200), slice(0, 100)),
+    ):
+        decoder.zero_grad()
+        hidden = decoder(input_ids, position_ids, first_key)[:, loss_on]
+        (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+        assert decoder.embedding.weight.grad[other].count_nonzero() == 0, "a gradient from another's loss"
+        assert decoder.embedding.weight.grad[own].count_nonzero() > 0
+
+
+def test_dropout_of_a_config_is_reported_in_one_line(tmp_path, capsys):
+    make_pair({**CASES["gpt2"], "attn_pdrop": 0.25, "embd_pdrop": 0.0}, tmp_path)
+    assert capsys.readouterr().out == f"{tmp_path}: attn_pdrop 0.25 set to 0, resid_pdrop 0.1 set to 0\n"
+
+
 # --- configs --------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +282,7 @@ REFUSED = {  # case -> (config, what the message must name)
     "unknown family": (dict(model_type="bert"), ["model_type 'bert'", "gpt_neox"]),
     "no family": ({}, ["model_type None", "gpt_neox"]),
     "mixture of experts": (dict(model_type="mixtral"), ["'mixtral'"]),
+    "experts in a dense family": (dict(model_type="llama", num_local_experts=8), ["num_local_experts 8"]),
     "yarn": (dict(model_type="llama", rope_scaling=dict(rope_type="yarn", factor=2.0)), ["'yarn'", "llama3"]),
     "dynamic": (dict(model_type="qwen2", rope_scaling=dict(type="dynamic", factor=2.0)), ["'dynamic'", "linear"]),
     "rotary scaling without factor": (dict(model_type="llama", rope_scaling=dict(rope_type="linear")), ["factor"]),
