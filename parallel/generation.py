@@ -16,7 +16,7 @@ from kernels.decode import decode_attention, decode_bias
 from parallel.model import VOCAB_MULTIPLE, Decoder, DecoderConfig
 
 NUM_SLOTS = 256  # sequences generated at a time
-CACHE_BLOCK = 16  # tokens by which the cache grows
+CACHE_BLOCK = 32  # tokens; the cache's capacity is a multiple
 PREFILL_TOKENS = 1 << 14  # padded prompt tokens of one forward
 ROLLOUT, EVALUATION = 0, 1  # streams of sampling noise
 
@@ -175,12 +175,12 @@ class KVCache:
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for sequences of num_tokens, layer by layer."""
-        missing = num_tokens - self.keys[0].shape[2]
-        if missing > 0:
-            grown = -(-missing // CACHE_BLOCK) * CACHE_BLOCK
+        capacity = self.keys[0].shape[2]
+        if num_tokens > capacity:
+            missing = -(-num_tokens // CACHE_BLOCK) * CACHE_BLOCK - capacity
             for stored in (self.keys, self.values):
                 for i, layer in enumerate(stored):
-                    stored[i] = F.pad(layer, (0, 0, 0, grown))
+                    stored[i] = F.pad(layer, (0, 0, 0, missing))
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copies slots over others."""
