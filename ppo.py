@@ -45,11 +45,9 @@ from parallel.checkpoint import (
 from parallel.data import (
     check_vocabulary,
     epoch_order,
-    load_rows,
     load_tokenizer,
     pack_batch,
     prompt_rows,
-    resolve_model,
     rows_at,
 )
 from parallel.data_parallel import data_parallel
@@ -58,6 +56,7 @@ from parallel.mesh import Layout, RankError, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
 from tasks.rewards import Sample, make_reward

@@ -23,11 +23,12 @@ from typing import Literal
 import torch
 
 from parallel.checkpoint import load_decoder, save_decoder, save_training_state
-from parallel.data import check_vocabulary, load_rows, load_tokenizer, pack_batch, resolve_model, rows_at, sft_examples
+from parallel.data import check_vocabulary, load_tokenizer, pack_batch, rows_at, sft_examples
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
 

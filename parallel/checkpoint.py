@@ -4,14 +4,12 @@ Every folder is written under another name and renamed when it is complete, so t
 whole. Only rank 0 writes; an error there stops all ranks.
 """
 
-import glob
-import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel.families import config_from_hf, pieces
+from parallel.files import hash_file, hash_meta, on_logger, read_json, restore_replaced, write_folder, write_json
 from parallel.mesh import Mesh
 from parallel.model import Decoder
 
 FILE_BYTES = 5 << 30  # of one file of exported weights
 STATE, META = "state.safetensors", "meta.json"  # the files of a checkpoint
-REPLACED = "tmp-old-"  # prefix of a folder that is being replaced
 HEADS = ("lm_head.weight", "embed_out.weight")  # transformers 5 holds GPT-NeoX's embed_out as lm_head
 # buffers that files of some families hold, and the head of a reward model
 IGNORED = re.compile(r"(\.attn(ention)?\.(masked_)?bias|rotary_emb\.inv_freq|^score\.weight)$")
@@ -80,13 +78,6 @@ def find_folder(path_or_id: str) -> Path:
         raise FileNotFoundError(
             f"{path_or_id} is no folder here and cannot be fetched from the hub ({type(error).__name__}: {reason})"
         ) from error
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 class WeightFiles:
@@ -356,77 +347,3 @@ def find_damage(path: Path) -> str | None:
         return f"{META} cannot be read: {type(error).__name__}: {error}"
     changed = [name for name in found if found[name] != written.get(name)]
     return f"{changed[0]} is not what was written" if changed else None
-
-
-# --- whole or not at all --------------------------------------------------------------------------------------------
-
-
-def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh) -> None:
-    """Has rank 0 fill tmp-<name> by `write`, flush it to disk and rename it; the folder that was there goes last."""
-
-    def make() -> None:
-        temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(REPLACED + folder.name)
-        restore_replaced(folder.parent, glob.escape(folder.name))
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            for path in temporary.rglob("*"):
-                flush(path)
-            flush(temporary)
-            if folder.exists():
-                os.rename(folder, old)
-            os.rename(temporary, folder)
-        except BaseException:
-            restore_replaced(folder.parent, glob.escape(folder.name))
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
-            raise
-        flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-    on_logger(make, f"cannot write {folder}", mesh)
-
-
-def restore_replaced(parent: Path, pattern: str) -> None:
-    """Undoes replacements that a crash cut off between the two renames."""
-    for old in parent.glob(REPLACED + pattern):
-        folder = parent / old.name.removeprefix(REPLACED)
-        if not folder.exists():
-            os.rename(old, folder)
-
-
-def on_logger(function: Callable[[], None], failure: str, mesh: Mesh) -> None:
-    """Calls a function on rank 0; the others wait, and all ranks stop if it fails."""
-    error = None
-    if mesh.is_logger:
-        try:
-            function()
-        except (OSError, SafetensorError) as caught:  # safetensors reports a full disk by its own error
-            error = ValueError(f"{failure}: {caught}")
-        except Exception as caught:
-            error = caught
-    mesh.raise_together(error)
-
-
-def flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_meta(meta: dict) -> str:
-    """Of all entries but the hashes."""
-    rest = {name: value for name, value in meta.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

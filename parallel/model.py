@@ -124,16 +124,34 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tenso
 
     Shapes: x [tokens, heads, head_dim], tables two of [tokens, 1, rotary_dim / 2] in x's dtype
     """
-    cos, sin = tables
-    rotary_dim = 2 * cos.shape[-1]
-    rotated, kept = x[..., :rotary_dim], x[..., rotary_dim:]
-    if interleaved:
-        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1)
-        rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-    else:
-        a, b = rotated.chunk(2, -1)
-        rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-    return torch.cat((rotated, kept), -1) if kept.shape[-1] else rotated
+    return Rotate.apply(x, *tables, interleaved)
+
+
+class Rotate(torch.autograd.Function):
+    """(a, b) -> (a cos - b sin, b cos + a sin); its backward turns the other way, which autograd would not notice."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return Rotate.turn(x, cos, sin, 1, interleaved)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Rotate.turn(grad, *ctx.saved_tensors, -1, ctx.interleaved), None, None, None
+
+    @staticmethod
+    def turn(x, cos, sin, direction, interleaved):
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        half = cos.shape[-1]
+        first, second = (
+            (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+        )
+        a, b = x[..., first], x[..., second]
+        torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-direction)
+        torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin, value=direction)
+        out[..., 2 * half :] = x[..., 2 * half :]
+        return out
 
 
 class Block(nn.Module):

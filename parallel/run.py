@@ -25,8 +25,9 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from parallel.checkpoint import load_training_state, on_logger
+from parallel.checkpoint import load_training_state
 from parallel.collectives import RankError
+from parallel.files import on_logger
 from parallel.mesh import Mesh
 
 # flags whose change leaves the rest of a run as it would have been

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 
-from parallel.data import describe_error, load_object
+from parallel.rows import describe_error, load_object
 
 HTTP_BATCH = 64  # samples of a request
 HTTP_TRIES = 3

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from parallel import checkpoint  # noqa: E402
+from parallel import checkpoint, files  # noqa: E402
 from parallel.checkpoint import (  # noqa: E402
     eos_ids,
     load_decoder,
@@ -363,7 +363,7 @@ def killed_at(call, function):
                 whole_file(tensors, path, *args)
 
             checkpoint.save_file = counted(torn_file)
-            checkpoint.write_json, checkpoint.flush = counted(checkpoint.write_json), counted(checkpoint.flush)
+            checkpoint.write_json, files.flush = counted(checkpoint.write_json), counted(files.flush)
             os.rename, os.unlink, os.rmdir = counted(os.rename), counted(os.unlink), counted(os.rmdir)
             function()
         finally:
