@@ -1,0 +1,96 @@
+"""Files that are whole or not there: folders written under another name and renamed when they are complete.
+
+Only rank 0 writes; an error there stops all ranks.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from parallel.mesh import Mesh
+
+REPLACED = "tmp-old-"  # prefix of a folder that is being replaced
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh) -> None:
+    """Has rank 0 fill tmp-<name> by `write`, flush it to disk and rename it; the folder that was there goes last."""
+
+    def make() -> None:
+        temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(REPLACED + folder.name)
+        restore_replaced(folder.parent, glob.escape(folder.name))
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            for path in temporary.rglob("*"):
+                flush(path)
+            flush(temporary)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
+        except BaseException:
+            restore_replaced(folder.parent, glob.escape(folder.name))
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
+            raise
+        flush(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    on_logger(make, f"cannot write {folder}", mesh)
+
+
+def restore_replaced(parent: Path, pattern: str) -> None:
+    """Undoes replacements that a crash cut off between the two renames."""
+    for old in parent.glob(REPLACED + pattern):
+        folder = parent / old.name.removeprefix(REPLACED)
+        if not folder.exists():
+            os.rename(old, folder)
+
+
+def on_logger(function: Callable[[], None], failure: str, mesh: Mesh) -> None:
+    """Calls a function on rank 0; the others wait, and all ranks stop if it fails."""
+    error = None
+    if mesh.is_logger:
+        try:
+            function()
+        except (OSError, SafetensorError) as caught:  # safetensors reports a full disk by its own error
+            error = ValueError(f"{failure}: {caught}")
+        except Exception as caught:
+            error = caught
+    mesh.raise_together(error)
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_meta(meta: dict) -> str:
+    """Of all entries but the hashes."""
+    rest = {name: value for name, value in meta.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
