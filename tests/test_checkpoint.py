@@ -211,7 +211,7 @@ def test_loading_holds_no_second_copy(tmp_path):
             parameter.fill_(0.1)
     save_decoder(decoder, tmp_path / "model", MESH)
     del decoder
-    with multiprocessing.get_context("fork").Pool(1) as pool:  # a process of its own, without memory freed before
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # without freed memory to use again
         peak = pool.apply(peak_of_load, (tmp_path / "model",))
     assert 0.9 < peak < 1.05, peak
 
