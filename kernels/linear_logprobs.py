@@ -13,7 +13,11 @@ from which, once the shards are merged (`parallel.tensor.vocab_parallel_logprobs
 
 import torch
 
-CHUNK_ELEMENTS = 1 << 23  # logits of one chunk: 32 MiB in float32
+CHUNK_ELEMENTS = 1 << 23  # logits that the backward holds at a time: 32 MiB in float32
+BLOCK_ELEMENTS, BLOCK_ROWS = (
+    1 << 18,
+    256,
+)  # of the forward, whose passes over a block stay in the cache; at least so many
 
 
 def chunk_logits(hidden, weight, bias, temperature, num_valid):
@@ -32,8 +36,12 @@ class LinearLogprobs(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         largest, sum_exp, target, weighted = torch.zeros(4, len(hidden), dtype=dtype, device=hidden.device)
         chunk = max(1, CHUNK_ELEMENTS // num_valid)
-        for i in range(0, len(hidden), chunk):
-            rows = slice(i, i + chunk)
+        ctx.kept = None
+        if 0 < len(hidden) <= chunk:
+            ctx.kept = torch.empty(len(hidden), num_valid, dtype=dtype, device=hidden.device)
+        block = min(chunk, max(BLOCK_ROWS, BLOCK_ELEMENTS // num_valid))
+        for i in range(0, len(hidden), block):
+            rows = slice(i, i + block)
             logits = chunk_logits(hidden[rows], weight, bias, temperature, num_valid)
             local_ids = token_ids[rows] - vocab_start  # [chunk], outside [0, num_valid) when another shard holds it
             is_here = (local_ids >= 0) & (local_ids < num_valid)
@@ -41,11 +49,10 @@ class LinearLogprobs(torch.autograd.Function):
             target[rows] = torch.where(is_here, picked, 0.0)
             largest[rows] = logits.amax(1)
             logits -= largest[rows, None]
-            exp = logits.exp()
+            exp = logits.exp() if ctx.kept is None else torch.exp(logits, out=ctx.kept[rows])
             sum_exp[rows] = exp.sum(1)
             weighted[rows] = torch.linalg.vecdot(exp, logits)
-        kept = exp if 0 < len(hidden) <= chunk else None
-        ctx.save_for_backward(hidden, weight, token_ids, bias, largest, kept)
+        ctx.save_for_backward(hidden, weight, token_ids, bias, largest)
         ctx.settings = temperature, vocab_start, num_valid, chunk
         ctx.mark_non_differentiable(largest)
         ctx.set_materialize_grads(False)  # a loss without entropy has no gradient for T
@@ -53,7 +60,8 @@ class LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _, grad_sum_exp, grad_target, grad_weighted):
-        hidden, weight, token_ids, bias, largest, kept = ctx.saved_tensors
+        hidden, weight, token_ids, bias, largest = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # becomes the gradient; a second backward would compute it again
         temperature, vocab_start, num_valid, chunk = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=largest.dtype) if ctx.needs_input_grad[1] else None
@@ -64,9 +72,12 @@ class LinearLogprobs(torch.autograd.Function):
             if exp is None:
                 exp = chunk_logits(hidden[rows], weight, bias, temperature, num_valid).sub_(largest[rows, None]).exp_()
             # with e = exp(l - m): dS/dl = e, dT/dl = e + e log e, dz/dl = 1 at the target
-            grad = torch.zeros_like(exp) if grad_sum_exp is None else exp * grad_sum_exp[rows, None]
-            if grad_weighted is not None:
-                grad.addcmul_(exp + torch.xlogy(exp, exp), grad_weighted[rows, None])
+            weighted = (
+                None if grad_weighted is None else torch.xlogy(exp, exp).add_(exp).mul_(grad_weighted[rows, None])
+            )
+            grad = exp.zero_() if grad_sum_exp is None else exp.mul_(grad_sum_exp[rows, None])
+            if weighted is not None:
+                grad += weighted
             if grad_target is not None:
                 local_ids = token_ids[rows] - vocab_start
                 is_here = (local_ids >= 0) & (local_ids < num_valid)

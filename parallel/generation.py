@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.attention import Visible, attention
 from kernels.decode import decode_attention, decode_bias
-from parallel.model import VOCAB_MULTIPLE, Decoder, DecoderConfig
+from parallel.model import VOCAB_MULTIPLE, Decoder, DecoderConfig, packed_weights, split_heads
 
 NUM_SLOTS = 256  # sequences generated at a time
 CACHE_BLOCK = 32  # tokens; the cache's capacity is a multiple
@@ -149,13 +149,13 @@ class KVCache:
     Its capacity, in tokens, grows by CACHE_BLOCK as the longest sequence needs it: batched products over a whole
     contiguous tensor are several times as fast on a CPU as over the visible part of a larger one.
 
-    Shapes: keys[layer], values[layer] [num_slots, num_kv_heads, capacity, head_dim]
+    Shapes: stored[layer] [2 (keys, values), num_slots, num_kv_heads, capacity, head_dim]
     """
 
     def __init__(self, config: DecoderConfig, num_slots: int, dtype: torch.dtype, device: torch.device):
-        shape = (num_slots, config.num_kv_heads, 0, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+        self.config = config
+        shape = (2, num_slots, config.num_kv_heads, 0, config.head_dim)
+        self.stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
         self.slots: Tensor | None = None  # those whose prompts the next forward holds; None: it holds one token of each
         self.lens: Tensor | None = None  # [slots] tokens cached before that token
 
@@ -168,42 +168,43 @@ class KVCache:
         """The next forward holds one new token of each of the first len(lens) slots, which have lens tokens cached."""
         self.slots, self.lens = None, lens
         self.reserve(int(lens.max()) + 1)
-        _, num_kv_heads, capacity, _ = self.keys[0].shape
-        head_rows = torch.arange(len(lens) * num_kv_heads, device=lens.device) * capacity  # [slots * kv_heads]
-        self.places = head_rows + lens.repeat_interleave(num_kv_heads)  # where each head's new key goes
+        _, num_slots, num_kv_heads, capacity, _ = self.stored[0].shape
+        heads = torch.arange(2 * num_slots * num_kv_heads, device=lens.device).view(2, num_slots, num_kv_heads)
+        heads = heads[:, : len(lens)].transpose(0, 1)  # [slots in use, 2, kv_heads], the order of a token's k and v
+        self.places = (heads * capacity + lens[:, None, None]).flatten()  # where each head's new key and value go
         self.bias: dict[int | None, Tensor] = {}  # by window
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for sequences of num_tokens, layer by layer."""
-        capacity = self.keys[0].shape[2]
+        capacity = self.stored[0].shape[3]
         if num_tokens > capacity:
             missing = -(-num_tokens // CACHE_BLOCK) * CACHE_BLOCK - capacity
-            for stored in (self.keys, self.values):
-                for i, layer in enumerate(stored):
-                    stored[i] = F.pad(layer, (0, 0, 0, missing))
+            for i, layer in enumerate(self.stored):
+                self.stored[i] = F.pad(layer, (0, 0, 0, missing))
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copies slots over others."""
-        for stored in (*self.keys, *self.values):
-            stored[targets] = stored[sources]
+        for stored in self.stored:
+            stored[:, targets] = stored[:, sources]
 
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
+    def attention(self, layer: int, heads: Tensor, visible: Visible) -> Tensor:
         """Stores this forward's keys and values, then attends to everything stored.
 
-        Shapes: q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_kv_heads, head_dim] -> q's
+        Shapes: heads [batch, seq_len, q + k + v heads, head_dim] -> [batch, seq_len, num_heads, head_dim]
         """
-        keys, values = self.keys[layer], self.values[layer]
+        stored = self.stored[layer]
         if self.slots is not None:  # what lies beyond a prompt's end is overwritten before it is ever visible
-            keys[self.slots, :, : k.shape[1]] = k.transpose(1, 2)
-            values[self.slots, :, : v.shape[1]] = v.transpose(1, 2)
+            q, k, v = split_heads(heads, self.config)
+            stored[0, self.slots, :, : k.shape[1]] = k.transpose(1, 2)
+            stored[1, self.slots, :, : v.shape[1]] = v.transpose(1, 2)
             return attention(q, k, v, visible)
-        for stored, new in ((keys, k), (values, v)):
-            stored.view(-1, stored.shape[-1]).index_copy_(0, self.places, new.reshape(-1, new.shape[-1]))
+        q, new = heads[:, 0, : self.config.num_heads], heads[:, 0, self.config.num_heads :]
+        stored.view(-1, stored.shape[-1]).index_copy_(0, self.places, new.reshape(-1, new.shape[-1]))
         window = visible.window
         if window not in self.bias:
-            self.bias[window] = decode_bias(self.lens + 1, keys.shape[2], window)
-        num_slots = len(self.lens)
-        return decode_attention(q[:, 0], keys[:num_slots], values[:num_slots], self.bias[window])[:, None]
+            self.bias[window] = decode_bias(self.lens + 1, stored.shape[3], window)
+        keys, values = stored[:, : len(self.lens)]
+        return decode_attention(q, keys, values, self.bias[window])[:, None]
 
 
 def lm_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
@@ -287,6 +288,8 @@ def generate(
     seq_lens = prompt_lens.clone()
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
     samples = torch.tensor(sample_ids, dtype=torch.long, device=device)
+    new = torch.arange(sampling.max_new_tokens, device=device)
+    noise = uniform(seed, stream, samples[:, None], prompt_lens[:, None] + new)  # [batch, max_new_tokens]
     eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
     kept_mass = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -300,8 +303,7 @@ def generate(
         nonlocal kept_mass
         logits = logits_fn(hidden) if logits_fn is not None else lm_logits(decoder, hidden)
         positions = seq_lens[rows]
-        noise = uniform(seed, stream, samples[rows], positions)
-        tokens, token_logprobs, mass = sample_tokens(logits, noise, sampling)
+        tokens, token_logprobs, mass = sample_tokens(logits, noise[rows, positions - prompt_lens[rows]], sampling)
         input_ids[rows, positions] = tokens
         logprobs[rows, positions] = token_logprobs
         seq_lens[rows] = positions + 1
@@ -313,31 +315,32 @@ def generate(
         finished[rows] = ended
         return ~ended & (positions + 1 < limit[rows])
 
-    while num_started < batch or len(rows):
-        num_free = min(num_slots - len(rows), batch - num_started)
-        if num_free and (not len(rows) or num_free >= num_slots // 4 or num_started + num_free == batch):
-            entered = torch.arange(num_started, num_started + num_free, device=device)
-            slots = torch.arange(len(rows), len(rows) + num_free, device=device)
-            going = [torch.ones(len(rows), dtype=torch.bool, device=device)]
-            per_forward = max(1, PREFILL_TOKENS // int(prompt_lens[entered].max()))
-            for part in torch.arange(num_free, device=device).split(per_forward):
-                hidden = prefill(decoder, cache, input_ids, prompt_lens, entered[part], slots[part])
-                going.append(sample_next(hidden, entered[part]))
-            num_started += num_free
-            rows, going = torch.cat((rows, entered)), torch.cat(going)
-        else:
-            lens = seq_lens[rows] - 1  # the newest token is not in the cache yet
-            cache.step(lens)
-            tokens = input_ids[rows, lens][:, None]
-            hidden = decoder(tokens, lens[:, None], torch.zeros_like(tokens), cache)[:, 0]
-            going = sample_next(hidden, rows)
-        num_going = int(going.sum())
-        if num_going < len(rows):  # the last slots move into the holes, so that those in use stay the first
-            holes = (~going[:num_going]).nonzero()[:, 0]
-            movers = going[num_going:].nonzero()[:, 0] + num_going
-            cache.move(movers, holes)
-            rows[holes] = rows[movers]
-            rows = rows[:num_going]
+    with packed_weights(decoder, num_slots):
+        while num_started < batch or len(rows):
+            num_free = min(num_slots - len(rows), batch - num_started)
+            if num_free and (not len(rows) or num_free >= num_slots // 4 or num_started + num_free == batch):
+                entered = torch.arange(num_started, num_started + num_free, device=device)
+                slots = torch.arange(len(rows), len(rows) + num_free, device=device)
+                going = [torch.ones(len(rows), dtype=torch.bool, device=device)]
+                per_forward = max(1, PREFILL_TOKENS // int(prompt_lens[entered].max()))
+                for part in torch.arange(num_free, device=device).split(per_forward):
+                    hidden = prefill(decoder, cache, input_ids, prompt_lens, entered[part], slots[part])
+                    going.append(sample_next(hidden, entered[part]))
+                num_started += num_free
+                rows, going = torch.cat((rows, entered)), torch.cat(going)
+            else:
+                lens = seq_lens[rows] - 1  # the newest token is not in the cache yet
+                cache.step(lens)
+                tokens = input_ids[rows, lens][:, None]
+                hidden = decoder(tokens, lens[:, None], torch.zeros_like(tokens), cache)[:, 0]
+                going = sample_next(hidden, rows)
+            num_going = int(going.sum())
+            if num_going < len(rows):  # the last slots move into the holes, so that those in use stay the first
+                holes = (~going[:num_going]).nonzero()[:, 0]
+                movers = going[num_going:].nonzero()[:, 0] + num_going
+                cache.move(movers, holes)
+                rows[holes] = rows[movers]
+                rows = rows[:num_going]
     seq_len = int(seq_lens.max()) if batch else 1
     positions = torch.arange(seq_len, device=device)
     response_mask = (positions >= prompt_lens[:, None]) & (positions < seq_lens[:, None])

@@ -6,6 +6,7 @@ decoder activations are token-major [tokens, hidden_size]; only attention sees [
 
 import hashlib
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import Visible, attention
+from kernels.pointwise import gated_activation, rms_norm, rotate_
 from parallel.mesh import Mesh
 
 VOCAB_MULTIPLE = 128  # vocabulary rows are padded to this, the block in which generation sums probabilities
@@ -87,17 +89,42 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
     """x W^T + b with weight [out_features, in_features]; its parameters start uninitialised."""
+
+    packed = None  # the weight in oneDNN's layout, see `packed_weights`
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
 
     def reset_parameters(self) -> None:
         """Leaves them: `initialise` or a checkpoint fills them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+@contextmanager
+def packed_weights(module: nn.Module, num_rows: int):
+    """On a CPU, also holds the weights in oneDNN's blocked layout: with few rows its products are a third faster.
+
+    For forwards of about num_rows rows without gradient; the weights must not change meanwhile.
+    """
+    linears = [m for m in module.modules() if isinstance(m, Linear) and m.weight.dtype == torch.float32]
+    if not torch.backends.mkldnn.is_available() or any(m.weight.is_cuda for m in linears):
+        linears = []
+    try:
+        for linear in linears:
+            linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)
+        yield
+    finally:
+        for linear in linears:
+            linear.packed = None
 
 
 def rotary_tables(config: DecoderConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,41 +144,6 @@ def rotary_tables(config: DecoderConfig, position_ids: Tensor) -> tuple[Tensor, 
         frequency = frequency * keep + frequency / scaling.factor * (1 - keep)
     angle = position_ids[:, None] * frequency
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotates the first 2 * tables.shape[-1] features of every head.
-
-    Shapes: x [tokens, heads, head_dim], tables two of [tokens, 1, rotary_dim / 2] in x's dtype
-    """
-    return Rotate.apply(x, *tables, interleaved)
-
-
-class Rotate(torch.autograd.Function):
-    """(a, b) -> (a cos - b sin, b cos + a sin); its backward turns the other way, which autograd would not notice."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return Rotate.turn(x, cos, sin, 1, interleaved)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Rotate.turn(grad, *ctx.saved_tensors, -1, ctx.interleaved), None, None, None
-
-    @staticmethod
-    def turn(x, cos, sin, direction, interleaved):
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        half = cos.shape[-1]
-        first, second = (
-            (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
-        )
-        a, b = x[..., first], x[..., second]
-        torch.mul(a, cos, out=out[..., first]).addcmul_(b, sin, value=-direction)
-        torch.mul(b, cos, out=out[..., second]).addcmul_(a, sin, value=direction)
-        out[..., 2 * half :] = x[..., 2 * half :]
-        return out
 
 
 class Block(nn.Module):
@@ -178,21 +170,21 @@ class Block(nn.Module):
     def attend(self, x: Tensor, tables, attention_fn) -> Tensor:
         """Self-attention: x [tokens, hidden_size], already normed -> the same shape."""
         config = self.config
-        heads = self.qkv(x).view(len(x), -1, config.head_dim)  # [tokens, q + k + v heads, head_dim]
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        heads = self.qkv(x)  # [tokens, (q + k + v heads) * head_dim]
         if config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = split_heads(heads.view(len(x), -1, config.head_dim), config)
+            heads = torch.cat((self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), v.flatten(1)), 1)
         if tables is not None:
-            q, k = (rotate(y, tables, config.rotary_interleaved) for y in (q, k))
-        return self.attn_out(attention_fn(q, k, v).reshape(len(x), -1))
+            num_rotated = config.num_heads + config.num_kv_heads
+            heads = rotate_(heads, *tables, num_rotated, config.head_dim, config.rotary_interleaved)
+        return self.attn_out(attention_fn(heads).reshape(len(x), -1))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """The position-wise network: x [tokens, hidden_size], already normed -> the same shape."""
         activation = ACTIVATIONS[self.config.activation]
         x = self.ffn_in(x)
         if self.config.gated:
-            gate, up = x.chunk(2, -1)
-            return self.ffn_out(activation(gate) * up)
+            return self.ffn_out(gated_activation(x, activation))
         return self.ffn_out(activation(x))
 
     def forward(self, x: Tensor, tables, attention_fn) -> Tensor:
@@ -267,11 +259,11 @@ class Decoder(nn.Module):
         visible = {window: Visible(first_key, window) for window in set(config.windows) or {None}}
         for i, layer in enumerate(self.layers):
 
-            def attention_fn(q, k, v, i=i):
-                q, k, v = (y.unflatten(0, shape) for y in (q, k, v))  # [batch, seq_len, heads, head_dim]
+            def attention_fn(heads, i=i):
+                heads = heads.view(*shape, -1, config.head_dim)  # [batch, seq_len, q + k + v heads, head_dim]
                 if kv_cache is not None:
-                    return kv_cache.attention(i, q, k, v, visible[config.window(i)])
-                return attention(q, k, v, visible[config.window(i)])
+                    return kv_cache.attention(i, heads, visible[config.window(i)])
+                return attention(*split_heads(heads, config), visible[config.window(i)])
 
             x = layer(x, tables, attention_fn)
         return self.final_norm(x).view(*shape, -1)
@@ -293,6 +285,11 @@ class ScalarHead(nn.Module):
         """hidden [..., hidden_size] -> [...]"""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return F.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).squeeze(-1)
+
+
+def split_heads(heads: Tensor, config: DecoderConfig) -> tuple[Tensor, ...]:
+    """[..., q + k + v heads, head_dim] -> queries, keys and values"""
+    return heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
 
 
 def make_norm(config: DecoderConfig, dtype: torch.dtype) -> nn.Module:

@@ -127,11 +127,12 @@ def test_linear_logprobs_survives_extreme_logits():
 
 
 def test_linear_logprobs_keeps_at_most_one_chunk(monkeypatch):
-    """Beyond one chunk the saved tensors of a [1000, 3000] product are the inputs and one number per token."""
-    for chunk_elements, largest in ((1000 * 3000, 1000 * 3000), (1000 * 3000 - 1, 3000 * 8)):
+    """Of a [1000, 3000] product one chunk's exponentials are kept; beyond it the inputs and one number per token."""
+    for chunk_elements, kept in ((1000 * 3000, 1000 * 3000), (1000 * 3000 - 1, 0)):
         monkeypatch.setattr(linear_logprobs_file, "CHUNK_ELEMENTS", chunk_elements)
         hidden, weight = torch.randn(1000, 8, requires_grad=True), torch.randn(3000, 8, requires_grad=True)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=saved: s.append(x.numel()) or x, lambda x: x):
-            linear_logprobs(hidden, weight, torch.zeros(1000, dtype=torch.long))
-        assert max(saved) == largest, saved
+            node = linear_logprobs(hidden, weight, torch.zeros(1000, dtype=torch.long))[1].grad_fn
+        assert max(saved) == 3000 * 8, saved
+        assert (0 if node.kept is None else node.kept.numel()) == kept
