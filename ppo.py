@@ -81,6 +81,8 @@ class Args:
     """prompts of the evaluation, likewise; none = those of --data, at most 256"""
     prompt_tokens: int = 0
     """cut prompts of this many tokens from rows of `text`; 0 = rows hold prompts"""
+    bos: bool = True
+    """begin each prompt with the tokenizer's BOS, where it has one, as sft.py does"""
     reward: str = "tasks.random_walks:optimality"
     """module:function or file.py:function called as reward(samples) -> list of float, or an http(s) endpoint"""
     output_dir: str = ""
@@ -589,10 +591,10 @@ def main(args: Args) -> None:
 
     # data and reward
     room = policy.config.max_seq_len - args.sampling.max_new_tokens
-    prompts = prompt_rows(load_rows(args.data), tokenizer, args.prompt_tokens, room)
+    prompts = prompt_rows(load_rows(args.data), tokenizer, args.prompt_tokens, room, args.bos)
     eval_prompts = prompts[:256]
     if args.eval_data:
-        eval_prompts = prompt_rows(load_rows(args.eval_data), tokenizer, args.prompt_tokens, room)
+        eval_prompts = prompt_rows(load_rows(args.eval_data), tokenizer, args.prompt_tokens, room, args.bos)
     reward = make_reward(args.reward)
     stop_fn = stop_at(tokenizer, args.sampling.stop)
 

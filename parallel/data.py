@@ -59,11 +59,6 @@ def encode(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def adds_bos(tokenizer) -> bool:
-    """Whether the tokenizer itself puts its BOS before a text."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-
-
 def encode_parts(tokenizer, parts_of: list[list[str]]) -> list[list[list[int]]]:
     """Ids of each part of each text, a part's being those that follow the ids of the parts before it.
 
@@ -149,8 +144,10 @@ class PromptRow:
     metadata: dict
 
 
-def prompt_rows(rows: list[Row], tokenizer, prompt_tokens: int, max_prompt_len: int) -> list[PromptRow]:
-    """Prompts from `prompt`, `messages`, or the first prompt_tokens tokens of `text`; BOS where the tokenizer puts it.
+def prompt_rows(
+    rows: list[Row], tokenizer, prompt_tokens: int, max_prompt_len: int, add_bos: bool = True
+) -> list[PromptRow]:
+    """Prompts from `prompt`, `messages`, or the first prompt_tokens tokens of `text`, behind the tokenizer's BOS.
 
     A chat's BOS is its template's. Left out, with one warning: prompts longer than max_prompt_len, and texts that end
     within prompt_tokens.
@@ -171,7 +168,7 @@ def prompt_rows(rows: list[Row], tokenizer, prompt_tokens: int, max_prompt_len: 
         else:
             hint = ", or --prompt-tokens to cut a prompt from `text`" if "text" in row else ""
             raise row.misfit(f"`prompt` or `messages`{hint}")
-    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
     prompts, dropped = [], []
     for row, text, ids in zip(rows, texts, encode(tokenizer, texts), strict=True):
         field = "text" if prompt_tokens else "prompt" if "prompt" in row else "messages"
@@ -187,7 +184,7 @@ def prompt_rows(rows: list[Row], tokenizer, prompt_tokens: int, max_prompt_len: 
             dropped.append(f"{row.where} has {len(ids)} tokens, and the context has room for {max_prompt_len}")
             continue
         if not ids:
-            raise ValueError(f"{row.where}: the prompt is empty, and the tokenizer puts no BOS before it; write one")
+            raise ValueError(f"{row.where}: the prompt is empty, and no BOS stands before it; write one")
         prompts.append(PromptRow(ids, text, {name: x for name, x in row.items() if name != field}))
     if dropped:
         message = f"{len(dropped)} of {len(rows)} prompts left out: {dropped[0]}{', ...' if len(dropped) > 1 else ''}"

@@ -114,11 +114,19 @@ def test_vocabulary_larger_than_the_model_is_rejected(gpt):
         check_vocabulary(gpt, types.SimpleNamespace(vocab_size=num_ids - 1))
 
 
-def test_prompts_are_what_the_tokenizer_gives(gpt, llama):
+def test_prompts_are_what_the_tokenizer_gives_behind_one_bos(gpt, llama):
     rows = rows_of({"prompt": "the cat", "answer": 4}, {"prompt": " dog"})
     for tokenizer in (gpt, llama):
-        prompts = prompt_rows(rows, tokenizer, 0, 100)
-        assert [p.prompt_ids for p in prompts] == [tokenizer(row["prompt"])["input_ids"] for row in rows]
+        for bos in ([tokenizer.bos_token_id], []):
+            prompts = prompt_rows(rows, tokenizer, 0, 100, add_bos=bool(bos))
+            assert [p.prompt_ids for p in prompts] == [bos + encode(tokenizer, [row["prompt"]])[0] for row in rows]
+        demonstrations = rows_of(*({"prompt": row["prompt"], "completion": " ran"} for row in rows))
+        for prompt, shown in zip(
+            prompt_rows(rows, tokenizer, 0, 100), sft_examples(demonstrations, tokenizer, True, True, 100), strict=True
+        ):
+            assert shown.input_ids[: len(prompt.prompt_ids)] == prompt.prompt_ids and not any(
+                shown.loss_mask[: len(prompt.prompt_ids)]
+            )
         assert prompts[0].prompt == "the cat" and prompts[0].metadata == {"answer": 4} and prompts[1].metadata == {}
     [doubled] = prompt_rows(rows_of({"prompt": "<s>the cat"}), llama, 0, 100)
     assert doubled.prompt_ids.count(1) == 1
@@ -126,20 +134,18 @@ def test_prompts_are_what_the_tokenizer_gives(gpt, llama):
 
 def test_prompts_cut_from_texts_hold_so_many_tokens(gpt, llama):
     rows = rows_of({"text": "the cat sat on the mat", "id": 7}, {"text": "a"})
-    for tokenizer, num_bos in ((gpt, 0), (llama, 1)):
+    for tokenizer in (gpt, llama):
         with pytest.warns(UserWarning, match=r"1 of 2 prompts left out: data\.jsonl, line 2 has . tokens, too few"):
             [prompt] = prompt_rows(rows, tokenizer, 3, 100)
-        assert prompt.prompt_ids == tokenizer(rows[0]["text"])["input_ids"][: 3 + num_bos]
-        assert prompt.prompt == tokenizer.decode(prompt.prompt_ids[num_bos:]) and rows[0]["text"].startswith(
-            prompt.prompt
-        )
+        assert prompt.prompt_ids == [tokenizer.bos_token_id, *encode(tokenizer, [rows[0]["text"]])[0][:3]]
+        assert prompt.prompt == tokenizer.decode(prompt.prompt_ids[1:]) and rows[0]["text"].startswith(prompt.prompt)
         assert prompt.metadata == {"id": 7}
 
 
 def test_overlong_prompts_are_named_and_left_out(gpt):
     rows = rows_of({"prompt": "the cat"}, {"prompt": "x" * 30}, {"prompt": "y" * 30})
     with pytest.warns(UserWarning, match=r"2 of 3 .*: data\.jsonl, line 2 has 30 tokens, .* room for 20, \.\.\."):
-        [prompt] = prompt_rows(rows, gpt, 0, 20)
+        [prompt] = prompt_rows(rows, gpt, 0, 20, add_bos=False)
     assert prompt.prompt == "the cat"
     with pytest.raises(ValueError, match="3 of 3 .* no prompt is left.*--sampling.max-new-tokens"):
         prompt_rows(rows, gpt, 0, 0)
@@ -165,7 +171,7 @@ ASSISTANT = {"role": "assistant", "content": "hello there"}
 )
 def test_prompt_rows_reject(gpt, row, prompt_tokens, message):
     with pytest.raises(ValueError, match=f"^data.jsonl, line 2.*{message}"):
-        prompt_rows(rows_of({"prompt": "ok", "text": "long enough for this"}, row), gpt, prompt_tokens, 100)
+        prompt_rows(rows_of({"prompt": "ok", "text": "long enough for this"}, row), gpt, prompt_tokens, 100, False)
 
 
 def test_texts_learn_all_but_the_first_token(gpt, llama):
