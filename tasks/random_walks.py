@@ -39,7 +39,7 @@ GOAL = NODES[0]
 EDGE_PROBABILITY = 0.1
 MAX_NODES = 10  # of a walk
 NUM_WALKS = 1000
-EOS, PAD = 21, 22  # also the tokenizer's BOS, and its unknown
+EOS, PAD = 21, 22  # PAD is also the tokenizer's unknown
 
 # The policy that learns: a GPT-2, here as Hugging Face's config.json has it.
 POLICY = {
@@ -50,7 +50,6 @@ POLICY = {
     "n_head": 12,
     "n_positions": 1024,
     "vocab_size": 23,
-    "bos_token_id": EOS,
     "eos_token_id": EOS,
     "pad_token_id": PAD,
     "attn_pdrop": 0.0,
@@ -216,5 +215,5 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    special = dict(bos_token="|", eos_token="|", pad_token="<pad>")
+    special = dict(eos_token="|", pad_token="<pad>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FLAGS = (
     "--batch-size 140 --minibatch-size 70 --microbatch-size 70 --epochs 4 --optim.lr 3e-4 --optim.max-grad-norm 0 "
     "--value-coef 1.2 --kl-coef 0 --gamma 1 --gae-lambda 0.95 --max-iterations 8 --eval-every 100 --save-every 100 "
-    "--eval-samples 0"
+    "--eval-samples 0 --no-bos"
 ).split()
 
 

@@ -180,7 +180,11 @@ def test_base_policy_opens_in_transformers(cache):
     folder = base_policy(num_steps=1)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert len(tokenizer) == 23 and tokenizer.get_vocab()["|"] == tokenizer.eos_token_id == tokenizer.bos_token_id == 21
+    assert (
+        len(tokenizer) == 23
+        and tokenizer.get_vocab()["|"] == tokenizer.eos_token_id == 21
+        and tokenizer.bos_token_id is None
+    )
     assert tokenizer(NODES + "|").input_ids == list(range(22)) and tokenizer.decode([1, 3, 10, 0]) == "bdka"
     ids = torch.tensor([[1, 3, 10, 0, EOS]])
     policy = load_decoder(str(folder), init_mesh(), torch.float32)
