@@ -59,7 +59,7 @@ from parallel.pipeline import forward_backward
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
-from tasks.rewards import Sample, make_reward
+from tasks.rewards import make_reward, make_samples, score_together
 
 KL_HORIZON = 10_000  # sequences over which the adaptive KL coefficient answers to an error (Ziegler et al. 2019)
 ADVANTAGE_STD_FLOOR = 1e-2  # whitening never divides by less, so that noise is not blown up when all is learnt
@@ -317,43 +317,6 @@ def ppo_loss(logprobs, entropy, new_values, old, args, num_tokens, value_only=Fa
 # ---------------------------------------------------------------------------------------------------------------------
 # Rollouts and their evaluation
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_samples(generation, prompts, tokenizer, eos, stop):
-    """What the reward sees of each response: its text without the EOS, cut before a stop sequence.
-
-    The text of a response is what it adds to its prompt's, so that a leading space survives.
-    """
-    responses = generation.response_ids()
-    stripped = [ids[:-1] if ids and ids[-1] in eos else ids for ids in responses]
-    before = tokenizer.batch_decode([row.prompt_ids for row in prompts], skip_special_tokens=True)
-    both = [row.prompt_ids + ids for row, ids in zip(prompts, stripped, strict=True)]
-    samples = []
-    for i, text in enumerate(tokenizer.batch_decode(both, skip_special_tokens=True)):
-        response = text[len(before[i]) :]
-        cut = min((response.find(end) for end in stop if end in response), default=len(response))
-        samples.append(
-            Sample(
-                prompt=prompts[i].prompt,
-                response=response[:cut],
-                prompt_ids=prompts[i].prompt_ids,
-                response_ids=responses[i],
-                finished=bool(generation.finished[i]),
-                metadata=prompts[i].metadata,
-            )
-        )
-    return samples
-
-
-def score_together(reward, samples, mesh):
-    """Scores of this replica's samples; an error of one replica's reward stops all ranks with its message."""
-    scores, error = [], None
-    try:
-        scores = reward(samples)
-    except ValueError as caught:
-        error = caught
-    mesh.raise_together(error)
-    return scores
 
 
 def run_models(roles, microbatch, temperature, detach_trunk=False):

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from parallel.checkpoint import load_decoder, save_decoder, save_training_state
-from parallel.data import check_vocabulary, load_tokenizer, pack_batch, rows_at, sft_examples
+from parallel.data import check_vocabulary, load_tokenizer, pack_batch, pad_batch, rows_at, sft_examples
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
@@ -88,26 +88,13 @@ class Args:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def collate(examples):
-    """Right-padded fields of some examples and their lengths.
-
-    Returns: {"input_ids", "loss_mask"} [batch, seq_len], seq_lens [batch]
-    """
-    seq_lens = torch.tensor([len(example.input_ids) for example in examples])
-    fields = {
-        "input_ids": torch.zeros(len(examples), int(seq_lens.max()), dtype=torch.long),
-        "loss_mask": torch.zeros(len(examples), int(seq_lens.max()), dtype=torch.bool),
-    }
-    for i, example in enumerate(examples):
-        fields["input_ids"][i, : seq_lens[i]] = torch.tensor(example.input_ids)
-        fields["loss_mask"][i, : seq_lens[i]] = torch.tensor(example.loss_mask, dtype=torch.bool)
-    return fields, seq_lens
-
-
 def make_microbatches(examples, args, device):
     """Yields micro-batches of `microbatch_size` examples, packed or one per row."""
     for i in range(0, len(examples), args.microbatch_size):
-        fields, seq_lens = collate(examples[i : i + args.microbatch_size])
+        some = examples[i : i + args.microbatch_size]
+        fields, seq_lens = pad_batch(
+            {"input_ids": [e.input_ids for e in some], "loss_mask": [e.loss_mask for e in some]}
+        )
         microbatch = pack_batch(fields, seq_lens, torch.arange(len(seq_lens)), one_per_row=not args.packing)
         yield {name: x.to(device) for name, x in microbatch.items()}
 

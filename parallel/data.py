@@ -211,7 +211,6 @@ def sft_examples(rows: list[Row], tokenizer, add_bos: bool, add_eos: bool, max_l
     Longer ones are cut to max_len and those without a token to learn left out, with one warning.
     Raises: ValueError naming the row that lacks its fields, or when no demonstration is left.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     parts_of, has_loss = [], []
     for row in rows:
         if "messages" in row:
@@ -225,6 +224,30 @@ def sft_examples(rows: list[Row], tokenizer, add_bos: bool, add_eos: bool, max_l
         parts_of.append(parts)
         has_loss.append(is_learnt)
     examples, cut, empty = [], [], []
+    for row, example in zip(rows, join_parts(rows, parts_of, has_loss, tokenizer, add_bos, add_eos), strict=True):
+        if len(example.input_ids) > max_len:
+            cut.append(f"{row.where} has {len(example.input_ids)} tokens")
+        example = Example(example.input_ids[:max_len], [False, *example.loss_mask[1:max_len]])
+        if any(example.loss_mask):
+            examples.append(example)
+        else:
+            empty.append(row.where)
+    if not examples:
+        raise ValueError(f"no demonstration has a token to learn within {max_len} tokens, the first being {empty[0]}")
+    if cut or empty:
+        notes = [f"{len(cut)} cut to {max_len} tokens ({cut[0]})"] if cut else []
+        notes += [f"{len(empty)} without a token to learn left out ({empty[0]})"] if empty else []
+        warn(f"of {len(rows)} demonstrations " + ", ".join(notes))
+    return examples
+
+
+def join_parts(rows: list[Row], parts_of, has_loss, tokenizer, add_bos: bool, add_eos: bool) -> list[Example]:
+    """Each row's parts as one sequence; `sft_examples` says where BOS and EOS come from.
+
+    Args: parts_of: for each row the strings that it is the concatenation of. has_loss: which of them are learnt.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    examples = []
     for row, ids_of, is_learnt in zip(rows, encode_parts(tokenizer, parts_of), has_loss, strict=True):
         input_ids, loss_mask = [], []
         for ids, learnt in zip(ids_of, is_learnt, strict=True):
@@ -242,19 +265,7 @@ def sft_examples(rows: list[Row], tokenizer, add_bos: bool, add_eos: bool, max_l
                 input_ids, loss_mask = [bos, *input_ids], [False, *loss_mask]
             if add_eos and eos is not None and not ended:
                 input_ids, loss_mask = [*input_ids, eos], [*loss_mask, True]
-        if len(input_ids) > max_len:
-            cut.append(f"{row.where} has {len(input_ids)} tokens")
-        input_ids, loss_mask = input_ids[:max_len], [False, *loss_mask[1:max_len]]
-        if any(loss_mask):
-            examples.append(Example(input_ids, loss_mask))
-        else:
-            empty.append(row.where)
-    if not examples:
-        raise ValueError(f"no demonstration has a token to learn within {max_len} tokens, the first being {empty[0]}")
-    if cut or empty:
-        notes = [f"{len(cut)} cut to {max_len} tokens ({cut[0]})"] if cut else []
-        notes += [f"{len(empty)} without a token to learn left out ({empty[0]})"] if empty else []
-        warn(f"of {len(rows)} demonstrations " + ", ".join(notes))
+        examples.append(Example(input_ids, loss_mask))
     return examples
 
 
@@ -274,6 +285,22 @@ def rows_at(start: int, count: int, num_rows: int, seed: int) -> list[int]:
         epoch, i = divmod(start + len(rows), num_rows)
         rows += epoch_order(num_rows, seed, epoch)[i : i + count - len(rows)].tolist()
     return rows
+
+
+def pad_batch(columns: dict[str, list[list]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Lists of numbers, one list per sequence and field, as right-padded tensors.
+
+    Args: columns: fields whose lists for a sequence are equally long.
+    Returns: fields [batch, seq_len] each, 0 behind a sequence's end; seq_lens [batch]
+    """
+    seq_lens = [len(sequence) for sequence in next(iter(columns.values()))]
+    fields = {}
+    for name, sequences in columns.items():
+        dtype = torch.tensor(sequences[0][:1]).dtype
+        fields[name] = torch.zeros(len(sequences), max(seq_lens), dtype=dtype)
+        for i, sequence in enumerate(sequences):
+            fields[name][i, : len(sequence)] = torch.tensor(sequence, dtype=dtype)
+    return fields, torch.tensor(seq_lens)
 
 
 def pack_batch(

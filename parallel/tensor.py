@@ -19,19 +19,27 @@ def hidden_before(hidden: Tensor, token_mask: Tensor) -> Tensor:
     return hidden[rows, positions - 1]
 
 
+def vocab_parallel_logits(hidden, weight, bias, token_ids, vocab_size, temperature=1.0):
+    """What a head says of each token, differentiable: its logit, log-probability and the distribution's entropy.
+
+    Args: hidden: what the head reads. temperature: divides the logits.
+    Shapes: hidden [tokens, n], weight [padded_vocab, n], bias [padded_vocab] or None, token_ids [tokens]
+        -> three of [tokens], float32 or float64; log-probability and entropy in nats
+    """
+    largest, sum_exp, target, weighted = linear_logprobs(
+        hidden, weight, token_ids, bias=bias, temperature=temperature, vocab_size=vocab_size
+    )
+    log_sum = sum_exp.log()
+    return target, target - largest - log_sum, log_sum - weighted / sum_exp
+
+
 def vocab_parallel_logprobs(hidden: Tensor, decoder, token_ids: Tensor, temperature: float = 1.0):
     """Log-probability of each token and entropy of the distribution it was drawn from, in nats, differentiable.
 
     Args: hidden: the states before the tokens. decoder: whose LM head is read. temperature: divides the logits.
     Shapes: hidden [tokens, hidden_size], token_ids [tokens] -> two of [tokens], float32 or float64
     """
-    largest, sum_exp, target, weighted = linear_logprobs(
-        hidden,
-        decoder.lm_head_weight,
-        token_ids,
-        bias=decoder.lm_head_bias,
-        temperature=temperature,
-        vocab_size=decoder.config.vocab_size,
-    )
-    log_sum = sum_exp.log()
-    return target - largest - log_sum, log_sum - weighted / sum_exp
+    vocab_size = decoder.config.vocab_size
+    return vocab_parallel_logits(
+        hidden, decoder.lm_head_weight, decoder.lm_head_bias, token_ids, vocab_size, temperature
+    )[1:]

@@ -101,6 +101,43 @@ def describe_sample(samples: list[Sample], i: int) -> str:
     return f"sample {i} (prompt {excerpt(samples[i].prompt)}, response {excerpt(samples[i].response)})"
 
 
+def make_samples(generation, prompts, tokenizer, eos, stop):
+    """What the reward sees of each response: its text without the EOS, cut before a stop sequence.
+
+    The text of a response is what it adds to its prompt's, so that a leading space survives.
+    """
+    responses = generation.response_ids()
+    stripped = [ids[:-1] if ids and ids[-1] in eos else ids for ids in responses]
+    before = tokenizer.batch_decode([row.prompt_ids for row in prompts], skip_special_tokens=True)
+    both = [row.prompt_ids + ids for row, ids in zip(prompts, stripped, strict=True)]
+    samples = []
+    for i, text in enumerate(tokenizer.batch_decode(both, skip_special_tokens=True)):
+        response = text[len(before[i]) :]
+        cut = min((response.find(end) for end in stop if end in response), default=len(response))
+        samples.append(
+            Sample(
+                prompt=prompts[i].prompt,
+                response=response[:cut],
+                prompt_ids=prompts[i].prompt_ids,
+                response_ids=responses[i],
+                finished=bool(generation.finished[i]),
+                metadata=prompts[i].metadata,
+            )
+        )
+    return samples
+
+
+def score_together(reward, samples, mesh):
+    """Scores of this replica's samples; an error of one replica's reward stops all ranks with its message."""
+    scores, error = [], None
+    try:
+        scores = reward(samples)
+    except ValueError as caught:
+        error = caught
+    mesh.raise_together(error)
+    return scores
+
+
 # --- a Python function ----------------------------------------------------------------------------------------------
 
 
