@@ -515,8 +515,8 @@ def rollout_metrics(rollout: Rollout, kl: Tensor | None) -> dict:
         metrics["kl_per_sequence"] = kl.sum(1).mean().item()
     if rollout.returns is not None:
         returns, values = rollout.returns[mask], rollout.values[mask]
-        variance = returns.var(correction=0).clamp(min=1e-8)
-        metrics["explained_variance"] = (1 - (returns - values).var(correction=0) / variance).item()
+        variance, unexplained = returns.var(correction=0).item(), (returns - values).var(correction=0).item()
+        metrics["explained_variance"] = 1 - unexplained / variance if variance > ADVANTAGE_STD_FLOOR**2 else None
     return metrics
 
 

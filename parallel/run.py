@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -36,15 +37,20 @@ SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to report an error that all of them have
-PANELS = (  # of curves.png, the first six that a run has: title, key of training rows, label and key of evaluation rows
-    ("score", "score", {"evaluation, sampled": "eval_score_sampled", "evaluation, greedy": "eval_score_greedy"}),
-    ("loss (nats per token)", "loss", {"evaluation": "eval_loss"}),
-    ("KL to the reference (nats per sequence)", "kl_per_sequence", {}),
-    ("response length (tokens)", "response_len", {"evaluation, sampled": "eval_response_len"}),
-    ("entropy (nats per token)", "entropy", {}),
-    ("explained variance of the values", "explained_variance", {}),
-    ("gradient norm", "grad_norm", {}),
-    ("KL of the update (nats per token)", "approx_kl", {}),
+PANELS = (  # of curves.png, the first six that a run has: title, key of training rows, keys of evaluation rows
+    ("score", "score", r"eval_score_(\w+)(?<!_se)"),
+    ("accuracy", "accuracy", r"eval_(\w*accuracy)"),
+    ("loss (nats per token)", "loss", r"eval_(loss)"),
+    ("KL to the reference (nats per sequence)", "kl_per_sequence", ""),
+    ("response length (tokens)", "response_len", r"eval_(response_len)"),
+    ("entropy (nats per token)", "entropy", ""),
+    ("explained variance of the values", "explained_variance", ""),
+    ("Q loss", "q_loss", ""),
+    ("value loss (expectile)", "value_loss", ""),
+    ("conservative loss (nats per action)", "cql_loss", ""),
+    ("cloning loss (nats per action)", "awac_loss", ""),
+    ("gradient norm", "grad_norm", ""),
+    ("KL of the update (nats per token)", "approx_kl", ""),
 )
 
 
@@ -398,9 +404,14 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         points = [(row["iteration"], row[key]) for row in rows if row["event"] == event and row.get(key) is not None]
         return [x for x, _ in points], [y for _, y in points]
 
-    keys = set().union(*rows)
-    panels = [panel for panel in PANELS if panel[1] in keys and not (panel[1] == "loss" and "score" in keys)][:6]
-    if not panels:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    panels = []
+    for title, key, pattern in PANELS:
+        evaluations = {match[1]: match[0] for match in (re.fullmatch(pattern, k) for k in keys) if match and pattern}
+        if (key in keys or evaluations) and not (key in ("loss", "value_loss") and "score" in keys):
+            panels.append((title, key, evaluations))
+    panels = panels[:6]
+    if not any(row["event"] == "train" for row in rows):
         return
     columns = min(3, len(panels))
     num_lines = -(-len(panels) // columns)
@@ -409,9 +420,11 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     for i, (axis, (title, key, evaluations)) in enumerate(zip(axes, panels, strict=False)):
-        axis.plot(*series("train", key), linewidth=1.3, color="tab:blue", label="training")
-        for (label, eval_key), color in zip(evaluations.items(), ("tab:orange", "tab:green"), strict=False):
-            axis.plot(*series("eval", eval_key), "o--", markersize=4, linewidth=0.7, color=color, label=label)
+        if key in keys:
+            axis.plot(*series("train", key), linewidth=1.3, color="tab:blue", label="training")
+        for label, eval_key in evaluations.items():
+            label = f"evaluation, {label}" if len(evaluations) > 1 else "evaluation"
+            axis.plot(*series("eval", eval_key), "o--", markersize=4, linewidth=0.7, label=label)
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=9)
         axis.grid(alpha=0.25)
