@@ -236,6 +236,12 @@ def write_heads(folder: Path, heads: dict[str, nn.Module]) -> None:
     write_json(folder / "heads.json", described)
 
 
+def holds_heads(folder: Path | str, role: str) -> bool:
+    """Whether a model's folder holds this head beside its weights."""
+    path = Path(folder) / "heads.json"
+    return path.exists() and role in read_json(path)
+
+
 @torch.no_grad()
 def load_heads(folder: Path | str, heads: dict[str, nn.Module]) -> None:
     """Fills heads from a folder of `save_decoder`. Raises: FileNotFoundError, or ValueError naming the tensor."""

@@ -126,6 +126,15 @@ def walks(graph_seed: int = GRAPH_SEED) -> list[dict]:
     return [{"prompt": walk[0], "completion": walk[1:]} for walk in make_graph(graph_seed).walks]
 
 
+def rated_walks(graph_seed: int = GRAPH_SEED) -> list[dict]:
+    """The random walks, each with its optimality as its return."""
+    graph = make_graph(graph_seed)
+    return [
+        {"prompt": walk[0], "response": walk[1:], "reward": measure(walk, graph), "graph_seed": graph_seed}
+        for walk in graph.walks
+    ]
+
+
 def optimality(samples: list[Sample]) -> list[float]:
     """The reward, in [0, 1]; what follows the goal does not count."""
     return [measure(s.prompt + s.response, make_graph(s.metadata.get("graph_seed", GRAPH_SEED))) for s in samples]
