@@ -133,7 +133,7 @@ class Args:
     """alpha of eq. 7"""
     target_sync_steps: int = 5
     """optimizer steps from one update of the target heads to the next (eq. 7)"""
-    optim: Optim = field(default_factory=partial(Optim, lr=1e-3))
+    optim: Optim = field(default_factory=partial(Optim, lr=1e-3, schedule="cosine"))
     sampling: Sampling = field(default_factory=Sampling)
     layout: Layout = field(default_factory=Layout)
 
@@ -175,9 +175,7 @@ def read_dialogues(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> l
             messages = row["messages"]
             if isinstance(messages, list) and messages and is_message(messages[0]):
                 if messages[0]["role"] == "assistant":
-                    raise ValueError(
-                        f"{row.where}: its `messages` start with the assistant, who has no state to act in"
-                    )
+                    raise ValueError(f"{row.where}: its `messages` start with the assistant: no state to act in")
             parts, spoken = split_turns(row, tokenizer)
             given.append(row["rewards"])
         elif all(name in row for name in ("prompt", "response", "reward")):
