@@ -189,9 +189,8 @@ def read_dialogues(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> l
     is_dense = isinstance(given[0], list)
     for row, rewards in zip(rows, given, strict=True):
         if isinstance(rewards, list) != is_dense:
-            raise ValueError(
-                f"{row.where}: its reward is {rewards!r:.40}, but that of {rows[0].where} {given[0]!r:.40}"
-            )
+            kinds = f"{rewards!r:.40} is given, and {given[0]!r:.40} for {rows[0].where}"
+            raise ValueError(f"{row.where}: {kinds}: all rewards are numbers, or all are lists")
     if not is_dense:
         given = standardise(given)
     dialogues, long = [], []
