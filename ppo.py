@@ -56,10 +56,11 @@ from parallel.mesh import Layout, RankError, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.reward import is_reward_model, load_reward_model
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
-from tasks.rewards import make_reward, make_samples, score_together
+from tasks.rewards import Policy, make_reward, make_samples, score_together
 
 KL_HORIZON = 10_000  # sequences over which the adaptive KL coefficient answers to an error (Ziegler et al. 2019)
 ADVANTAGE_STD_FLOOR = 1e-2  # whitening never divides by less, so that noise is not blown up when all is learnt
@@ -84,7 +85,8 @@ class Args:
     bos: bool = True
     """begin each prompt with the tokenizer's BOS, where it has one, as sft.py does"""
     reward: str = "tasks.random_walks:optimality"
-    """module:function or file.py:function called as reward(samples) -> list of float, or an http(s) endpoint"""
+    """module:function or file.py:function called as reward(samples) -> list of float, an http(s) endpoint, or the
+    folder of a reward model"""
     output_dir: str = ""
     """run folder; empty = the next free of runs/ppo, runs/ppo-2, ..."""
     resume: bool = False
@@ -149,7 +151,8 @@ class Args:
     missing_eos_score: float | None = None
     """replaces the score of a response that did not end by itself (Huang et al. 2024, arXiv 2403.17031: -1)"""
     value_model: str = "head"
-    """head = on the policy's trunk; copy = a second decoder that starts as the policy; or the folder of a decoder"""
+    """head = on the policy's trunk; copy = a second decoder that starts as the policy; or the folder of a decoder or of
+    a reward model, whose head it then starts with"""
     value_lr: float = 0.0
     """learning rate of value head and value model; 0 = that of the policy"""
     value_warmup_iterations: int = 0
@@ -520,6 +523,25 @@ def rollout_metrics(rollout: Rollout, kl: Tensor | None) -> dict:
     return metrics
 
 
+def make_value_function(source, policy, tokenizer, mesh, dtype):
+    """The roles "value_head" and, unless it reads the policy's trunk, "value_model"; see --value-model."""
+    value_model, value_head = policy, None
+    if source == "copy":
+        value_model = copy.deepcopy(policy)
+    elif source != "head":
+        folder = resolve_model(source)
+        if is_reward_model(folder):
+            value_model, value_head = load_reward_model(folder, mesh, dtype)
+        else:
+            value_model = load_decoder(folder, mesh, dtype, lm_head=False)
+        check_vocabulary(tokenizer, value_model.config, f"--value-model {source}")
+    if value_head is None:
+        value_head = ScalarHead(value_model.config.hidden_size, mesh, torch.promote_types(dtype, torch.float32))
+    return (
+        {"value_head": value_head} if value_model is policy else {"value_model": value_model, "value_head": value_head}
+    )
+
+
 def main(args: Args) -> None:
     mesh = init_mesh(args.layout)
     run = Run("ppo", args, mesh)
@@ -540,25 +562,20 @@ def main(args: Args) -> None:
     if args.kl_coef or args.kl_target:
         roles["ref_policy"] = copy.deepcopy(policy).requires_grad_(False)
     if args.advantage == "gae":
-        if args.value_model != "head":
-            roles["value_model"] = (
-                copy.deepcopy(policy)
-                if args.value_model == "copy"
-                else load_decoder(resolve_model(args.value_model), mesh, dtype)
-            )
-        roles["value_head"] = ScalarHead(policy.config.hidden_size, mesh, torch.promote_types(dtype, torch.float32))
+        roles |= make_value_function(args.value_model, policy, tokenizer, mesh, dtype)
     model = data_parallel(roles, mesh, args.layout)
     value_lr = args.value_lr or args.optim.lr
     lr = {"policy": args.optim.lr, "value_model": value_lr, "value_head": value_lr}
     optimizer = AdamW(model, {role: lr[role] for role in roles if role in lr}, weight_decay=args.optim.weight_decay)
 
     # data and reward
-    room = policy.config.max_seq_len - args.sampling.max_new_tokens
+    context = min(model.config.max_seq_len for model in (policy, roles.get("value_model", policy)))
+    room = context - args.sampling.max_new_tokens
     prompts = prompt_rows(load_rows(args.data), tokenizer, args.prompt_tokens, room, args.bos)
     eval_prompts = prompts[:256]
     if args.eval_data:
         eval_prompts = prompt_rows(load_rows(args.eval_data), tokenizer, args.prompt_tokens, room, args.bos)
-    reward = make_reward(args.reward)
+    reward = make_reward(args.reward, Policy(mesh, tokenizer, eos, args.bos, dtype))
     stop_fn = stop_at(tokenizer, args.sampling.stop)
 
     # where a resumed run goes on

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,13 +27,15 @@ STATE, META = "state.safetensors", "meta.json"  # the files of a checkpoint
 HEADS = ("lm_head.weight", "embed_out.weight")  # transformers 5 holds GPT-NeoX's embed_out as lm_head
 # buffers that files of some families hold, and the head of a reward model
 IGNORED = re.compile(r"(\.attn(ention)?\.(masked_)?bias|rotary_emb\.inv_freq|^score\.weight)$")
+LM_HEAD = re.compile(r"^(lm_head|embed_out)\.(weight|bias)$")
 
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
 
 
-def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype) -> Decoder:
+def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype, lm_head: bool = True) -> Decoder:
     """A decoder from a Hugging Face folder or hub id, read tensor by tensor: no second copy of the model exists.
 
+    Args: lm_head: False passes over the files' LM head, if they hold one.
     Communication: none; every rank reads what it needs.
     Raises: FileNotFoundError or ValueError naming the file or tensor that does not fit.
     """
@@ -42,16 +44,17 @@ def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype) -> Decoder:
     config, notes = config_from_hf(hf_config, f"{path_or_id}/config.json")
     if notes and mesh.is_logger:
         print(f"{path_or_id}: {', '.join(notes)}")
-    decoder = Decoder(config, mesh, dtype, seed=None)
+    decoder = Decoder(config, mesh, dtype, seed=None, lm_head=lm_head)
     decoder.hf_config, decoder.source = hf_config, str(path_or_id)
     generation_config = folder / "generation_config.json"
     decoder.generation_config = read_json(generation_config) if generation_config.exists() else {}
     with WeightFiles(folder) as files, torch.no_grad():
         for name, parameter in decoder.named_parameters():
             read_parameter(files, name, parameter, decoder)
-        if config.tied_embeddings:
+        if lm_head and config.tied_embeddings:
             check_tied_head(files, decoder)
-        unknown = sorted(name for name in set(files.names()) - files.used if not IGNORED.search(name))
+        ignored = IGNORED if lm_head else re.compile(rf"{IGNORED.pattern}|{LM_HEAD.pattern}")
+        unknown = sorted(name for name in set(files.names()) - files.used if not ignored.search(name))
         if unknown:
             raise ValueError(
                 f"{folder}: {len(unknown)} tensors have no place in a {hf_config['model_type']} of this config, "
@@ -192,37 +195,44 @@ def save_decoder(
     """
 
     def write(temporary: Path) -> None:
-        config = {**decoder.hf_config, "dtype": str(decoder.embedding.weight.dtype).removeprefix("torch.")}
-        config.pop("torch_dtype", None)
-        write_json(temporary / "config.json", config)
-        if decoder.generation_config:
-            write_json(temporary / "generation_config.json", decoder.generation_config)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        write_model(temporary, decoder, decoder.hf_config, hf_tensors(decoder), tokenizer)
         if heads:
             write_heads(temporary, heads)
-        groups: list[dict[str, Tensor]] = [{}]
-        sizes, weight_map = [0], {}
-        for name, tensor in hf_tensors(decoder):
-            if sizes[-1] and sizes[-1] + tensor.nbytes > FILE_BYTES:
-                save_file(groups[-1], temporary / f"part-{len(groups)}", {"format": "pt"})
-                groups[-1].clear()
-                groups.append({})
-                sizes.append(0)
-            groups[-1][name] = tensor
-            sizes[-1] += tensor.nbytes
-            weight_map[name] = len(groups)
-        save_file(groups[-1], temporary / f"part-{len(groups)}", {"format": "pt"})
-        if len(groups) == 1:
-            os.rename(temporary / "part-1", temporary / "model.safetensors")
-            return
-        file_of = {i: f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)}
-        for i, file in file_of.items():
-            os.rename(temporary / f"part-{i}", temporary / file)
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {n: file_of[i] for n, i in weight_map.items()}}
-        write_json(temporary / "model.safetensors.index.json", index)
 
     write_folder(Path(folder), write, mesh)
+
+
+def write_model(
+    folder: Path, decoder: Decoder, hf_config: dict, tensors: Iterable[tuple[str, Tensor]], tokenizer=None
+) -> None:
+    """config.json, generation_config.json, the tokenizer's files and weights of at most FILE_BYTES a file."""
+    config = {**hf_config, "dtype": str(decoder.embedding.weight.dtype).removeprefix("torch.")}
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", config)
+    if decoder.generation_config:
+        write_json(folder / "generation_config.json", decoder.generation_config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    groups: list[dict[str, Tensor]] = [{}]
+    sizes, weight_map = [0], {}
+    for name, tensor in tensors:
+        if sizes[-1] and sizes[-1] + tensor.nbytes > FILE_BYTES:
+            save_file(groups[-1], folder / f"part-{len(groups)}", {"format": "pt"})
+            groups[-1].clear()
+            groups.append({})
+            sizes.append(0)
+        groups[-1][name] = tensor
+        sizes[-1] += tensor.nbytes
+        weight_map[name] = len(groups)
+    save_file(groups[-1], folder / f"part-{len(groups)}", {"format": "pt"})
+    if len(groups) == 1:
+        os.rename(folder / "part-1", folder / "model.safetensors")
+        return
+    file_of = {i: f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)}
+    for i, file in file_of.items():
+        os.rename(folder / f"part-{i}", folder / file)
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {n: file_of[i] for n, i in weight_map.items()}}
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_heads(folder: Path, heads: dict[str, nn.Module]) -> None:

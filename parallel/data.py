@@ -44,12 +44,12 @@ def load_tokenizer(path_or_id: str | Path):
         ) from error
 
 
-def check_vocabulary(tokenizer, config) -> None:
+def check_vocabulary(tokenizer, config, name: str = "the model") -> None:
     """Raises ValueError if the tokenizer can give an id that the model has no row for."""
     num_ids = max(tokenizer.get_vocab().values()) + 1
     if num_ids > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {num_ids} ids but the model only {config.vocab_size} rows: give the --tokenizer that "
+            f"the tokenizer has {num_ids} ids but {name} only {config.vocab_size} rows: give the --tokenizer that "
             "the model was trained with"
         )
 

@@ -201,10 +201,18 @@ class Decoder(nn.Module):
     """Token ids to hidden states after the final norm; the LM head's weight lies here, its product is the caller's.
 
     Args: seed: every parameter is drawn from a generator seeded by (seed, its name); None leaves them uninitialised.
+        lm_head: False leaves out an LM head of its own, of which a reward or value model has no use.
     Source: the families' papers; `DecoderConfig` says which parts.
     """
 
-    def __init__(self, config: DecoderConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, seed: int | None = 0):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        mesh: Mesh,
+        dtype: torch.dtype = torch.float32,
+        seed: int | None = 0,
+        lm_head: bool = True,
+    ):
         super().__init__()
         self.config = config
         self.hf_config: dict = {}  # as read from config.json; what export writes again
@@ -218,7 +226,7 @@ class Decoder(nn.Module):
             self.layers = nn.ModuleList(Block(config, dtype) for _ in range(config.num_layers))
             self.final_norm = make_norm(config, dtype)
             self.lm_head = None
-            if not config.tied_embeddings:
+            if lm_head and not config.tied_embeddings:
                 self.lm_head = Linear(config.hidden_size, config.padded_vocab_size, config.head_bias, dtype)
         if seed is not None:
             initialise(self, config, seed)

@@ -40,7 +40,7 @@ SILENCE = 3.0  # seconds that other ranks leave rank 0 to report an error that a
 PANELS = (  # of curves.png, the first six that a run has: title, key of training rows, keys of evaluation rows
     ("score", "score", r"eval_score_(\w+)(?<!_se)"),
     ("accuracy", "accuracy", r"eval_(\w*accuracy)"),
-    ("loss (nats per token)", "loss", r"eval_(loss)"),
+    ("loss (nats)", "loss", r"eval_(loss)"),
     ("KL to the reference (nats per sequence)", "kl_per_sequence", ""),
     ("response length (tokens)", "response_len", r"eval_(response_len)"),
     ("entropy (nats per token)", "entropy", ""),

@@ -39,6 +39,7 @@ GOAL = NODES[0]
 EDGE_PROBABILITY = 0.1
 MAX_NODES = 10  # of a walk
 NUM_WALKS = 1000
+NUM_PAIRS = 2000  # of preferences
 EOS, PAD = 21, 22  # PAD is also the tokenizer's unknown
 
 # The policy that learns: a GPT-2, here as Hugging Face's config.json has it.
@@ -133,6 +134,28 @@ def rated_walks(graph_seed: int = GRAPH_SEED) -> list[dict]:
         {"prompt": walk[0], "response": walk[1:], "reward": measure(walk, graph), "graph_seed": graph_seed}
         for walk in graph.walks
     ]
+
+
+def preferences(graph_seed: int = GRAPH_SEED) -> list[dict]:
+    """Different pairs of walks from one start, the one of higher optimality chosen.
+
+    The random walks all keep to the edges. In every other pair one of the two is such a walk with one node exchanged,
+    so that a reward model also learns what leaving the edges is worth.
+    """
+    graph, rng = make_graph(graph_seed), np.random.RandomState(graph_seed)
+    pairs: dict[tuple[str, str], None] = {}
+    while len(pairs) < NUM_PAIRS:
+        walk = graph.walks[rng.randint(NUM_WALKS)]
+        if len(pairs) % 2:
+            place = rng.randint(1, len(walk))
+            other = walk[:place] + NODES[rng.randint(len(NODES))] + walk[place + 1 :]
+        else:
+            others = [w for w in graph.walks if w[0] == walk[0]]
+            other = others[rng.randint(len(others))]
+        rejected, chosen = sorted((walk, other), key=lambda w: measure(w, graph))
+        if measure(chosen, graph) > measure(rejected, graph):
+            pairs[chosen, rejected] = None
+    return [{"prompt": chosen[0], "chosen": chosen[1:], "rejected": rejected[1:]} for chosen, rejected in pairs]
 
 
 def optimality(samples: list[Sample]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Rewards: a Python function or an HTTP endpoint, called alike and checked alike.
+"""Rewards: a Python function, an HTTP endpoint or a reward model, called alike and checked alike.
 
 A reward maps samples to one number each, or (dense) to one list each with a number per response token. Whatever it
 gives is checked before it reaches the algorithm: nonsense is an error that names the sample.
@@ -16,13 +16,19 @@ from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 
-from parallel.rows import describe_error, load_object
+import torch
+
+from parallel.data import check_vocabulary, join_parts, load_tokenizer
+from parallel.mesh import Mesh
+from parallel.reward import load_reward_model, pack_sequences, read_scores
+from parallel.rows import Row, describe_error, load_object
 
 HTTP_BATCH = 64  # samples of a request
 HTTP_TRIES = 3
 HTTP_PAUSE = 1.0  # seconds before the second try, doubled before each further one
 HTTP_LAST_TRY = 30.0  # seconds after the first try in which another may begin
 SEARCH_SECONDS = 10.0  # spent on finding the sample on which a reward function raises
+MODEL_BATCH = 32  # samples of a reward model's forward pass
 
 
 @dataclass
@@ -41,17 +47,32 @@ Scores = list[float] | list[list[float]]
 Reward = Callable[[list[Sample]], Scores]
 
 
-def make_reward(spec: str, timeout: float = 12.0) -> Reward:
-    """The reward that a spec names: module:function, file.py:function, or an http(s) address.
+@dataclass
+class Policy:
+    """What a reward model needs to know of the policy whose samples it scores."""
 
-    Args: timeout: seconds in which an address must begin its answer, and then end it, at each of HTTP_TRIES tries.
+    mesh: Mesh
+    tokenizer: object
+    eos: list[int]  # every id that ends a response
+    add_bos: bool = True
+    dtype: torch.dtype = torch.float32
+
+
+def make_reward(spec: str, policy: Policy | None = None, timeout: float = 12.0) -> Reward:
+    """The reward that a spec names: module:function, file.py:function, an http(s) address or a reward model's folder.
+
+    Args: policy: whose samples a reward model will score; needed for a folder only.
+        timeout: seconds in which an address must begin its answer, and then end it, at each of HTTP_TRIES tries.
     Returns: samples -> one float each, or one list of floats each, as long as its response_ids.
     Raises: ValueError or FileNotFoundError naming the spec; the reward itself: ValueError naming spec and sample.
     """
     if urllib.parse.urlsplit(spec).scheme in ("http", "https"):
         return lambda samples: check_scores(ask_endpoint(spec, samples, timeout), samples, spec)
     if Path(spec).is_dir():
-        raise ValueError(f"{spec} is a folder; a reward is module:function, file.py:function or an http(s) address")
+        if policy is None:
+            raise ValueError(f"{spec} is a folder; a reward is module:function, file.py:function or an http(s) address")
+        score = make_model_reward(spec, policy)
+        return lambda samples: check_scores(score(samples), samples, spec)
     function = load_object(spec)
     if not callable(function):
         raise ValueError(f"{spec} is {function!r:.80}, not a function")
@@ -136,6 +157,67 @@ def score_together(reward, samples, mesh):
         error = caught
     mesh.raise_together(error)
     return scores
+
+
+# --- a reward model -------------------------------------------------------------------------------------------------
+
+
+def make_model_reward(folder: str, policy: Policy) -> Callable[[list[Sample]], list[float]]:
+    """Scores of a frozen reward model, less its reward_offset, MODEL_BATCH samples at a time.
+
+    It reads prompt and response, cut before a stop sequence and ended by its EOS if the response ended by itself. The
+    tokens are the policy's own; where its tokenizer is another one, or the text was cut, they are made from the text.
+    Raises: ValueError or FileNotFoundError naming the folder; the reward itself: ValueError naming a sample that does
+        not fit the model's context.
+    """
+    reward_model, reward_head = load_reward_model(folder, policy.mesh, policy.dtype)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, reward_model.config, folder)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{folder}: its tokenizer has no EOS token, on which the scores lie")
+    same_tokenizer = give_equal_ids(tokenizer, policy.tokenizer)
+    if not same_tokenizer and policy.mesh.is_logger:
+        print(f"{folder} has another tokenizer than the policy: it scores the re-tokenised texts")
+    max_len = reward_model.config.max_seq_len
+
+    def encode_sample(sample: Sample) -> list[int]:
+        ended = bool(sample.response_ids) and sample.response_ids[-1] in policy.eos
+        if same_tokenizer and (ended or not sample.finished):
+            ids = sample.prompt_ids + (sample.response_ids[:-1] if ended else sample.response_ids)
+        else:
+            parts, row = [sample.prompt, sample.response], Row({}, "a sample")
+            [example] = join_parts([row], [parts], [[False, True]], tokenizer, policy.add_bos, add_eos=False)
+            ids = example.input_ids
+        return [*ids, tokenizer.eos_token_id] if sample.finished else ids
+
+    @torch.no_grad()
+    def score(samples: list[Sample]) -> list[float]:
+        sequences = [encode_sample(sample) for sample in samples]
+        for i, ids in enumerate(sequences):
+            if len(ids) > max_len:
+                raise ValueError(
+                    f"{describe_sample(samples, i)} has {len(ids)} tokens, more than the {max_len} of the reward model "
+                    f"{folder}: give shorter prompts or a smaller --sampling.max-new-tokens"
+                )
+        scores = [0.0] * len(samples)
+        order = sorted(range(len(samples)), key=lambda i: len(sequences[i]))
+        for first in range(0, len(order), MODEL_BATCH):
+            some = order[first : first + MODEL_BATCH]
+            packed = pack_sequences([sequences[i] for i in some], policy.mesh.device)
+            for i, value in zip(some, read_scores(reward_model, reward_head, packed).tolist(), strict=True):
+                scores[i] = value
+        return scores
+
+    return score
+
+
+def give_equal_ids(a, b) -> bool:
+    """Whether two tokenizers are known to turn every text into the same ids."""
+    if not (a.is_fast and b.is_fast) or (a.bos_token_id, a.eos_token_id) != (b.bos_token_id, b.eos_token_id):
+        return False
+    rules = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (a, b)]
+    names = ("model", "normalizer", "pre_tokenizer")
+    return a.get_vocab() == b.get_vocab() and all(rules[0][name] == rules[1][name] for name in names)
 
 
 # --- a Python function ----------------------------------------------------------------------------------------------
