@@ -29,7 +29,7 @@ from parallel.rows import Row, load_rows  # noqa: E402
 from parallel.run import launch  # noqa: E402
 from tasks import baselines  # noqa: E402
 from tasks.random_walks import EOS, NODES, PAD, make_graph, make_tokenizer, measure  # noqa: E402
-from tasks.rewards import Policy, Sample, make_reward  # noqa: E402
+from tasks.rewards import Sample, SampleContext, make_reward  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 from tests.scripts import TINY_GPT2, make_tiny_model, read_rows, run, start  # noqa: E402
 from tests.test_model import CASES  # noqa: E402
@@ -369,7 +369,10 @@ BAD_FOLDERS = {  # case -> (config, weights, what the message must name)
 def test_load_reward_model_rejects(case, reward_folder, tmp_path):
     config, weights, words = BAD_FOLDERS[case]
     folder = edited(reward_folder, tmp_path / "rm", config, weights)
-    for load in (load_reward_model, lambda folder, mesh, dtype: make_reward(folder, Policy(mesh, None, [], dtype))):
+    for load in (
+        load_reward_model,
+        lambda folder, mesh, dtype: make_reward(folder, SampleContext(mesh, None, [], dtype)),
+    ):
         with pytest.raises(ValueError) as raised:
             load(folder, MESH, torch.float32)
         for word in (folder, *words):
@@ -414,7 +417,7 @@ def test_reward_from_a_folder_matches_transformers(same, reward_folder, tmp_path
         text = (tokenizer.bos_token or "") + sample.prompt + sample.response
         ids = tokenizer(text + tokenizer.eos_token * sample.finished)["input_ids"]
         expected.append(model(torch.tensor([ids])).logits.item() - OFFSET)
-    reward = make_reward(str(folder), Policy(MESH, make_tokenizer(), [EOS]))
+    reward = make_reward(str(folder), SampleContext(MESH, make_tokenizer(), [EOS]))
     assert reward(samples) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert capsys.readouterr().out.count("re-tokenised") == (not same)
     long = [*samples[:2], Sample("b", "c" * 64, [1], [2] * 64, finished=False)]
@@ -426,7 +429,7 @@ def test_value_function_starts_as_the_reward_model(reward_folder, tmp_path):
     policy = load_decoder(str(make_tiny_model(tmp_path / "model")), MESH, torch.float32)
     roles = ppo.make_value_function(str(reward_folder), policy, make_tokenizer(), MESH, torch.float32)
     assert list(roles) == ["value_model", "value_head"] and roles["value_model"].lm_head is None
-    reward = make_reward(str(reward_folder), Policy(MESH, make_tokenizer(), [EOS]))
+    reward = make_reward(str(reward_folder), SampleContext(MESH, make_tokenizer(), [EOS]))
     samples = [sample for sample in make_samples()[:2]]
     for sample in samples:
         ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
@@ -529,7 +532,7 @@ def test_demonstrations_score_zero_on_average(tmp_path, monkeypatch):
     (tmp_path / "shown.jsonl").write_text('{"prompt": "b", "completion": "da"}\n{"prompt": "c", "completion": "kna"}\n')
     flags = ("--model", model, "--max-steps", 2, "--demonstrations", "shown.jsonl")
     launch_here(script.main, script.Args, flags, tmp_path, monkeypatch)
-    reward = make_reward("runs/reward_model/model", Policy(MESH, make_tokenizer(), [EOS]))
+    reward = make_reward("runs/reward_model/model", SampleContext(MESH, make_tokenizer(), [EOS]))
     tokenizer = make_tokenizer()
     samples = [
         Sample(prompt, response, tokenizer(prompt)["input_ids"], tokenizer(response + "|")["input_ids"])
