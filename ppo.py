@@ -60,7 +60,7 @@ from parallel.reward import is_reward_model, load_reward_model
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
-from tasks.rewards import Policy, make_reward, make_samples, score_together
+from tasks.rewards import SampleContext, make_reward, make_samples, score_together
 
 KL_HORIZON = 10_000  # sequences over which the adaptive KL coefficient answers to an error (Ziegler et al. 2019)
 ADVANTAGE_STD_FLOOR = 1e-2  # whitening never divides by less, so that noise is not blown up when all is learnt
@@ -569,13 +569,13 @@ def main(args: Args) -> None:
     optimizer = AdamW(model, {role: lr[role] for role in roles if role in lr}, weight_decay=args.optim.weight_decay)
 
     # data and reward
-    context = min(model.config.max_seq_len for model in (policy, roles.get("value_model", policy)))
-    room = context - args.sampling.max_new_tokens
+    max_seq_len = min(model.config.max_seq_len for model in (policy, roles.get("value_model", policy)))
+    room = max_seq_len - args.sampling.max_new_tokens
     prompts = prompt_rows(load_rows(args.data), tokenizer, args.prompt_tokens, room, args.bos)
     eval_prompts = prompts[:256]
     if args.eval_data:
         eval_prompts = prompt_rows(load_rows(args.eval_data), tokenizer, args.prompt_tokens, room, args.bos)
-    reward = make_reward(args.reward, Policy(mesh, tokenizer, eos, args.bos, dtype))
+    reward = make_reward(args.reward, SampleContext(mesh, tokenizer, eos, args.bos, dtype))
     stop_fn = stop_at(tokenizer, args.sampling.stop)
 
     # where a resumed run goes on

@@ -19,7 +19,8 @@ EOS, so pairs that do not fit the context are left out, not cut; a mean is over 
     torchrun reward_model.py
     torchrun --nproc-per-node 2 reward_model.py --model FOLDER --data train.jsonl --eval-data valid.jsonl
 
-The first command learns which of two walks is the better one: accuracy 0.5 -> 0.97 on 200 pairs it did not see.
+The first command learns which of two walks is the better one: accuracy 0.565 -> 0.970 on 200 pairs it did not see (by
+length 0.265; the bag of token pairs, which here are the edges of a graph, gets all of them).
 """
 
 import math
@@ -42,11 +43,10 @@ from parallel.pipeline import forward_backward
 from parallel.reward import is_reward_model, load_reward_model, pack_sequences, read_scores, save_reward_model
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, launch
+from tasks.baselines import bag_accuracy, count_wins, length_accuracy
 
 MAX_DEMONSTRATIONS = 1000  # chosen answers that stand in for --demonstrations
 CALIBRATION_BINS = 5  # of equal width, from probability 0.5 to 1
-BAG_PENALTY = 1.0  # weight of |w|^2 / 2 beside the sum of losses of the bag-of-tokens model
-BAG_STEPS = 60  # of L-BFGS
 
 
 @dataclass
@@ -114,30 +114,42 @@ class Pair:
 
 
 def read_pairs(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> list[Pair]:
-    """Pairs from `prompt`, `chosen`, `rejected` and `margin`. Those longer than max_len are left out, with one warning.
+    """Pairs from `prompt`, `chosen`, `rejected` and `margin`, without those that `drop_long` leaves out.
 
     Raises: ValueError naming the row that does not fit, or when no pair is left.
     """
     answers = [answer_row(row, name) for row in rows for name in ("chosen", "rejected")]
     sequences = encode_answers(answers, tokenizer, add_bos)
-    pairs, long = [], []
+    pairs = []
     for row, chosen_ids, rejected_ids in zip(rows, sequences[0::2], sequences[1::2], strict=True):
         margin = row.get("margin", 0.0)
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
             raise ValueError(f"{row.where}: its `margin` is {margin!r:.40}, not a finite number")
         if chosen_ids == rejected_ids:
             raise ValueError(f"{row.where}: `chosen` and `rejected` are the same tokens: there is nothing to prefer")
-        num_tokens = max(len(chosen_ids), len(rejected_ids))
-        if num_tokens > max_len:
-            long.append(f"{row.where} has {num_tokens} tokens")
-        else:
-            pairs.append(Pair(chosen_ids, rejected_ids, float(margin)))
+        pairs.append(Pair(chosen_ids, rejected_ids, float(margin)))
+    lengths = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    return drop_long(pairs, lengths, rows, max_len, "pairs")
+
+
+def read_demonstrations(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> list[list[int]]:
+    """Demonstrations as tokens, as `encode_answers` makes them, without those that `drop_long` leaves out."""
+    sequences = encode_answers(rows, tokenizer, add_bos)
+    return drop_long(sequences, [len(ids) for ids in sequences], rows, max_len, "demonstrations")
+
+
+def drop_long(items: list, lengths: list[int], rows: list[Row], max_len: int, what: str) -> list:
+    """What has at most max_len tokens, with one warning of the rest: cut, it would lack the EOS and what was judged.
+
+    Raises: ValueError if nothing is left.
+    """
+    long = [f"{row.where} has {length}" for row, length in zip(rows, lengths, strict=True) if length > max_len]
     if long:
-        message = f"{len(long)} of {len(rows)} pairs longer than {max_len} tokens left out: {long[0]}"
-        if not pairs:
-            raise ValueError(f"{message}; none is left: give a model with a longer context or shorter answers")
+        message = f"{len(long)} of {len(rows)} {what} longer than {max_len} tokens left out: {long[0]}"
+        if len(long) == len(rows):
+            raise ValueError(f"{message}; nothing is left: give shorter ones or a model with a longer context")
         warn(message)
-    return pairs
+    return [item for item, length in zip(items, lengths, strict=True) if length <= max_len]
 
 
 def answer_row(row: Row, name: str) -> Row:
@@ -199,7 +211,7 @@ def make_microbatches(pairs: list[Pair], args, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Loss and baselines
+# Loss and calibration
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -216,11 +228,6 @@ def pair_loss(microbatch, roles, num_pairs):
     return loss, metrics
 
 
-def count_wins(difference: Tensor) -> Tensor:
-    """1 where the chosen answer wins, 1/2 for a tie, else 0, in float64."""
-    return (difference.sign().double() + 1) / 2
-
-
 def calibrate(difference: Tensor) -> list[dict]:
     """Pairs in bins of the probability (eq. 1) of the answer that the model prefers, and how often it is right."""
     confidence, wins = difference.abs().sigmoid(), count_wins(difference)
@@ -231,54 +238,6 @@ def calibrate(difference: Tensor) -> list[dict]:
         probability, accuracy = confidence[inside].mean().item(), wins[inside].mean().item()
         table.append({"probability": probability, "accuracy": accuracy, "count": int(inside.sum())})
     return table
-
-
-def bag_of_tokens(ids: list[int]) -> list:
-    """A sequence's tokens, and its pairs of neighbouring tokens."""
-    return [*ids, *zip(ids, ids[1:], strict=False)]
-
-
-def bag_accuracy(train: list[Pair], held_out: list[Pair]) -> float:
-    """Held-out accuracy of eq. 1 with a score linear in the counts of tokens and token pairs, fitted to `train`.
-
-    The fit minimises the sum of losses (eq. 2 without margins) + BAG_PENALTY |w|^2 / 2, by L-BFGS.
-    """
-    sides = (("chosen_ids", 1.0), ("rejected_ids", -1.0))
-    bags = (bag_of_tokens(getattr(pair, side)) for pair in train for side, _ in sides)
-    column_of = {feature: i for i, feature in enumerate(dict.fromkeys(feature for bag in bags for feature in bag))}
-
-    def count(pairs: list[Pair]) -> tuple[Tensor, Tensor, Tensor]:  # entries of a sparse [pairs, features] matrix
-        entries = [
-            (row, column_of[feature], sign)
-            for row, pair in enumerate(pairs)
-            for side, sign in sides
-            for feature in bag_of_tokens(getattr(pair, side))
-            if feature in column_of
-        ]
-        rows, columns, signs = zip(*entries, strict=True)
-        return torch.tensor(rows), torch.tensor(columns), torch.tensor(signs, dtype=torch.float64)
-
-    def add(values: Tensor, places: Tensor, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64).index_add_(0, places, values)
-
-    rows, columns, signs = count(train)
-    weights = torch.zeros(len(column_of), dtype=torch.float64)
-    optimizer = torch.optim.LBFGS([weights], max_iter=BAG_STEPS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        difference = add(signs * weights[columns], rows, len(train))
-        weights.grad = BAG_PENALTY * weights - add(signs * (-difference).sigmoid()[rows], columns, len(weights))
-        return BAG_PENALTY / 2 * weights.square().sum() - F.logsigmoid(difference).sum()
-
-    optimizer.step(closure)
-    rows, columns, signs = count(held_out)
-    return count_wins(add(signs * weights[columns], rows, len(held_out))).mean().item()
-
-
-def length_accuracy(pairs: list[Pair]) -> float:
-    """Accuracy of "the longer answer wins", in tokens."""
-    difference = torch.tensor([len(pair.chosen_ids) - len(pair.rejected_ids) for pair in pairs])
-    return count_wins(difference).mean().item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,8 +327,7 @@ def main(args: Args) -> None:
         )
     demonstrations = [pair.chosen_ids for pair in train[:MAX_DEMONSTRATIONS]]
     if args.demonstrations:
-        demonstrations = encode_answers(load_rows(args.demonstrations), tokenizer, args.bos)
-        demonstrations = [ids for ids in demonstrations if len(ids) <= max_len]
+        demonstrations = read_demonstrations(load_rows(args.demonstrations), tokenizer, args.bos, max_len)
     baselines = {
         "eval_length_accuracy": length_accuracy(held_out),
         "eval_bag_accuracy": bag_accuracy(train, held_out),

@@ -48,8 +48,8 @@ Reward = Callable[[list[Sample]], Scores]
 
 
 @dataclass
-class Policy:
-    """What a reward model needs to know of the policy whose samples it scores."""
+class SampleContext:
+    """What a reward model has to know of the policy whose samples it scores."""
 
     mesh: Mesh
     tokenizer: object
@@ -58,10 +58,10 @@ class Policy:
     dtype: torch.dtype = torch.float32
 
 
-def make_reward(spec: str, policy: Policy | None = None, timeout: float = 12.0) -> Reward:
+def make_reward(spec: str, context: SampleContext | None = None, timeout: float = 12.0) -> Reward:
     """The reward that a spec names: module:function, file.py:function, an http(s) address or a reward model's folder.
 
-    Args: policy: whose samples a reward model will score; needed for a folder only.
+    Args: context: of the samples that a reward model will score; needed for a folder only.
         timeout: seconds in which an address must begin its answer, and then end it, at each of HTTP_TRIES tries.
     Returns: samples -> one float each, or one list of floats each, as long as its response_ids.
     Raises: ValueError or FileNotFoundError naming the spec; the reward itself: ValueError naming spec and sample.
@@ -69,9 +69,9 @@ def make_reward(spec: str, policy: Policy | None = None, timeout: float = 12.0) 
     if urllib.parse.urlsplit(spec).scheme in ("http", "https"):
         return lambda samples: check_scores(ask_endpoint(spec, samples, timeout), samples, spec)
     if Path(spec).is_dir():
-        if policy is None:
+        if context is None:
             raise ValueError(f"{spec} is a folder; a reward is module:function, file.py:function or an http(s) address")
-        score = make_model_reward(spec, policy)
+        score = make_model_reward(spec, context)
         return lambda samples: check_scores(score(samples), samples, spec)
     function = load_object(spec)
     if not callable(function):
@@ -162,7 +162,7 @@ def score_together(reward, samples, mesh):
 # --- a reward model -------------------------------------------------------------------------------------------------
 
 
-def make_model_reward(folder: str, policy: Policy) -> Callable[[list[Sample]], list[float]]:
+def make_model_reward(folder: str, context: SampleContext) -> Callable[[list[Sample]], list[float]]:
     """Scores of a frozen reward model, less its reward_offset, MODEL_BATCH samples at a time.
 
     It reads prompt and response, cut before a stop sequence and ended by its EOS if the response ended by itself. The
@@ -170,23 +170,23 @@ def make_model_reward(folder: str, policy: Policy) -> Callable[[list[Sample]], l
     Raises: ValueError or FileNotFoundError naming the folder; the reward itself: ValueError naming a sample that does
         not fit the model's context.
     """
-    reward_model, reward_head = load_reward_model(folder, policy.mesh, policy.dtype)
+    reward_model, reward_head = load_reward_model(folder, context.mesh, context.dtype)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, reward_model.config, folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: its tokenizer has no EOS token, on which the scores lie")
-    same_tokenizer = give_equal_ids(tokenizer, policy.tokenizer)
-    if not same_tokenizer and policy.mesh.is_logger:
+    same_tokenizer = give_equal_ids(tokenizer, context.tokenizer)
+    if not same_tokenizer and context.mesh.is_logger:
         print(f"{folder} has another tokenizer than the policy: it scores the re-tokenised texts")
     max_len = reward_model.config.max_seq_len
 
     def encode_sample(sample: Sample) -> list[int]:
-        ended = bool(sample.response_ids) and sample.response_ids[-1] in policy.eos
+        ended = bool(sample.response_ids) and sample.response_ids[-1] in context.eos
         if same_tokenizer and (ended or not sample.finished):
             ids = sample.prompt_ids + (sample.response_ids[:-1] if ended else sample.response_ids)
         else:
             parts, row = [sample.prompt, sample.response], Row({}, "a sample")
-            [example] = join_parts([row], [parts], [[False, True]], tokenizer, policy.add_bos, add_eos=False)
+            [example] = join_parts([row], [parts], [[False, True]], tokenizer, context.add_bos, add_eos=False)
             ids = example.input_ids
         return [*ids, tokenizer.eos_token_id] if sample.finished else ids
 
@@ -203,7 +203,7 @@ def make_model_reward(folder: str, policy: Policy) -> Callable[[list[Sample]], l
         order = sorted(range(len(samples)), key=lambda i: len(sequences[i]))
         for first in range(0, len(order), MODEL_BATCH):
             some = order[first : first + MODEL_BATCH]
-            packed = pack_sequences([sequences[i] for i in some], policy.mesh.device)
+            packed = pack_sequences([sequences[i] for i in some], context.mesh.device)
             for i, value in zip(some, read_scores(reward_model, reward_head, packed).tolist(), strict=True):
                 scores[i] = value
         return scores
