@@ -33,3 +33,8 @@ def demonstrations():
 def prompts():
     """First sentences of stories that are not trained on."""
     return [{"prompt": row["prompt"]} for row in rated("valid.jsonl.gz")]
+
+
+def training_prompts():
+    """First sentences of the stories that are trained on."""
+    return [{"prompt": row["prompt"]} for row in rated()]

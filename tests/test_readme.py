@@ -1,0 +1,49 @@
+"""What the README says: commands that parse, files that exist, flags and metrics that are there."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+import tyro
+
+from parallel.run import flat_flags
+from tests.scripts import ROOT
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def commands():
+    """The commands of code blocks, continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in line.split("&&") if re.match(r"\s*(torchrun|python) ", part)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    words = shlex.split(command, comments=True)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / words[script]).is_file(), words[script]
+    if words[script].removesuffix(".py") in SCRIPTS:
+        module = importlib.import_module(words[script].removesuffix(".py"))
+        tyro.cli(module.Args, args=words[script + 1 :])
+
+
+def test_every_script_is_shown():
+    assert {word for command in commands() for word in command.split() if word.endswith(".py")} >= {
+        f"{name}.py" for name in SCRIPTS
+    }
+
+
+def test_files_and_flags_exist():
+    for path in re.findall(r"`((?:[\w]+/)*\w+\.(?:py|png))`", README) + re.findall(r"\]\((\S+\.png)\)", README):
+        places = [ROOT / path, ROOT / "parallel" / path, ROOT / "tests" / path, ROOT / "tasks" / path]
+        assert any(place.exists() for place in places) or path in ("curves.png", "my_ppo.py"), path
+    flags = set()
+    for name in SCRIPTS:
+        flags |= {f"--{flag.replace('_', '-')}" for flag in flat_flags(importlib.import_module(name).Args())}
+    flags |= {"--nproc-per-node", "--help", "--peer", "--no-bos", "--seed"}
+    for flag in re.findall(r"`?(--[a-z][\w.-]+)", README):
+        assert flag in flags, flag
