@@ -62,7 +62,7 @@ from parallel.pipeline import forward_backward
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, launch
 from parallel.tensor import hidden_before, vocab_parallel_logits, vocab_parallel_logprobs
-from tasks.rewards import make_reward, make_samples, score_together
+from tasks.rewards import SampleContext, make_reward, make_samples, score_together
 
 MAX_AWAC_WEIGHT = 20.0  # w_max of eq. 5
 
@@ -81,7 +81,7 @@ class Args:
     eval_data: tuple[str, ...] = ()
     """prompts to sample from, rows of `prompt` or `messages`; none = the prompts of --data, at most 256"""
     reward: str = "tasks.random_walks:optimality"
-    """scores what the evaluation samples: module:function, file.py:function or an http(s) endpoint; empty = nothing"""
+    """scores what the evaluation samples, as in ppo.py: a function, an http(s) endpoint or a reward model; empty = nothing"""
     bos: bool = True
     """begin each dialogue with the tokenizer's BOS, where it has one"""
     max_len: int = 0
@@ -467,7 +467,7 @@ def main(args: Args) -> None:
     prompt_source = load_rows(args.eval_data) if args.eval_data else evaluation_prompts(rows)
     room = policy.config.max_seq_len - args.sampling.max_new_tokens
     eval_prompts = prompt_rows(prompt_source, tokenizer, 0, room, args.bos)
-    reward = make_reward(args.reward) if args.reward else None
+    reward = make_reward(args.reward, SampleContext(mesh, tokenizer, eos, args.bos, dtype)) if args.reward else None
 
     # where a resumed run goes on
     targets = {f"target_q_heads.{name}": p for name, p in target_q_heads.named_parameters()}

@@ -24,7 +24,7 @@ from parallel.data import load_tokenizer, prompt_rows
 from parallel.generation import Sampling, generate
 from parallel.mesh import init_mesh
 from parallel.rows import Row
-from tasks.rewards import Policy, make_reward, make_samples
+from tasks.rewards import SampleContext, make_reward, make_samples
 from tests import rated_stories
 from tests.bench_stories import MODEL, run
 from tests.happy_stories import happiness
@@ -115,7 +115,9 @@ def main():
         openings = [row["prompt"] for row in rated_stories.prompts()]
         answers = [answer(model, openings, 2, seed + 100) for model in (sft, folder / "ppo/model")]
         tokenizer = load_tokenizer(str(sft))
-        judge = make_reward(str(folder / "judge/best"), Policy(init_mesh(), tokenizer, eos_ids(str(sft), tokenizer)))
+        judge = make_reward(
+            str(folder / "judge/best"), SampleContext(init_mesh(), tokenizer, eos_ids(str(sft), tokenizer))
+        )
         judged = [judge(samples) for samples in answers]
         wins = [(b > a) + (b == a) / 2 for a, b in zip(*judged, strict=True)]
         print(f"win-rate of PPO over SFT by the judge: {mean_and_error(wins)} of {len(wins)} pairs")
