@@ -81,7 +81,7 @@ class Args:
     eval_data: tuple[str, ...] = ()
     """prompts to sample from, rows of `prompt` or `messages`; none = the prompts of --data, at most 256"""
     reward: str = "tasks.random_walks:optimality"
-    """scores what the evaluation samples: a function, an http(s) endpoint or a reward model, as in ppo.py; empty = none"""
+    """scores what the evaluation samples: a function, an endpoint or a reward model, as in ppo.py; empty = none"""
     bos: bool = True
     """begin each dialogue with the tokenizer's BOS, where it has one"""
     max_len: int = 0
