@@ -84,7 +84,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         data = "tests/rated_stories.py:demonstrations"
-        row, _ = run("sft.py", folder / "sft", "--model", MODEL, "--data", data, *SFT, "--seed", seed)
+        row = run("sft.py", folder / "sft", "--model", MODEL, "--data", data, *SFT, "--seed", seed)
         print(f"sft.py: {row['eval_loss']:.3f} nats per token", flush=True)
         sft = folder / "sft/model"
 
@@ -93,7 +93,7 @@ def main():
         half = len(samples) // 2
         for name, some in (("reward", samples[:half]), ("judge", samples[half:])):
             num_pairs = prefer(some, folder / f"{name}.jsonl")
-            row, _ = run("reward_model.py", folder / name, "--model", sft, "--data", folder / f"{name}.jsonl", *REWARD)
+            row = run("reward_model.py", folder / name, "--model", sft, "--data", folder / f"{name}.jsonl", *REWARD)
             print(
                 f"{name}: {num_pairs} pairs; accuracy {row['eval_accuracy']:.3f} +- {row['eval_accuracy_se']:.3f} of "
                 f"held-out pairs, longer answer {row['eval_length_accuracy']:.3f}, bag {row['eval_bag_accuracy']:.3f}",
@@ -102,7 +102,7 @@ def main():
 
         prompts = ("--data", "tests/rated_stories.py:training_prompts", "--eval-data", "tests/rated_stories.py:prompts")
         flags = ("--model", sft, *prompts, "--reward", folder / "reward/best", *PPO, "--seed", seed)
-        row, _ = run("ppo.py", folder / "ppo", *flags)
+        row = run("ppo.py", folder / "ppo", *flags)
         metrics = [json.loads(line) for line in (folder / "ppo/metrics.jsonl").read_text().splitlines()]
         before = next(row for row in metrics if row["event"] == "eval")
         kl = [row["kl_per_sequence"] for row in metrics if row["event"] == "train"][-1]

@@ -24,23 +24,20 @@ ILQL = ("--awac-beta", 1, "--expectile", 0.7, "--target-sync-steps", 1, "--targe
 
 
 def run(script, folder, *flags):
-    """The last evaluation of a run, and its samples."""
+    """The last evaluation of a run."""
     command = [sys.executable, ROOT / script, "--output-dir", folder, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([str(x) for x in command], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["event"] == "eval"][-1], samples
+    return [row for row in rows if row["event"] == "eval"][-1]
 
 
 def train_plainly(folder, seed):
     """Mean score and standard error of a fine-tuned model's continuations."""
-    command = [sys.executable, ROOT / "sft.py", "--model", MODEL, "--data", "tests/rated_stories.py:demonstrations"]
-    command += [*STEPS, *OPTIM, "--seed", seed, "--output-dir", folder / "sft"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([str(x) for x in command], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    data = ("--data", "tests/rated_stories.py:demonstrations")
+    run("sft.py", folder / "sft", "--model", MODEL, *data, *STEPS, *OPTIM, "--seed", seed)
     flags = ("--model", folder / "sft/model", "--data", "tests/rated_stories.py:prompts", "--max-iterations", 0)
-    row, _ = run("ppo.py", folder / "sampled", *flags, *REWARD, *SAMPLING)
+    row = run("ppo.py", folder / "sampled", *flags, *REWARD, *SAMPLING)
     return row["eval_score_sampled"], row["eval_score_sampled_se"]
 
 
@@ -51,9 +48,10 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             plain, plain_error = train_plainly(Path(folder), seed)
             flags = ("--model", MODEL, "--data", "tests/rated_stories.py:rated", "--advantage-scales", *scales)
-            row, samples = run(
-                "ilql.py", Path(folder) / "ilql", *flags, *ILQL, *STEPS, *OPTIM, *REWARD, *SAMPLING, "--seed", seed
-            )
+            flags += (*ILQL, *STEPS, *OPTIM, *REWARD, *SAMPLING, "--seed", seed)
+            row = run("ilql.py", Path(folder) / "ilql", *flags)
+            lines = (Path(folder) / "ilql/samples.jsonl").read_text().splitlines()
+            samples = [json.loads(line) for line in lines]
         scores = [(row[f"eval_score_scale_{s}"], row[f"eval_score_scale_{s}_se"]) for s in scales]
         best, error = scores[-1]
         print(
