@@ -9,6 +9,7 @@ import ctypes
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -52,6 +53,7 @@ PANELS = (  # of curves.png, the first six that a run has: title, key of trainin
     ("gradient norm", "grad_norm", ""),
     ("KL of the update (nats per token)", "approx_kl", ""),
 )
+EVAL_COLORS = ("tab:orange", "tab:green", "tab:red", "tab:purple")
 
 
 @dataclasses.dataclass
@@ -422,9 +424,9 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     for i, (axis, (title, key, evaluations)) in enumerate(zip(axes, panels, strict=False)):
         if key in keys:
             axis.plot(*series("train", key), linewidth=1.3, color="tab:blue", label="training")
-        for label, eval_key in evaluations.items():
+        for color, (label, eval_key) in zip(itertools.cycle(EVAL_COLORS), evaluations.items(), strict=False):
             label = f"evaluation, {label}" if len(evaluations) > 1 else "evaluation"
-            axis.plot(*series("eval", eval_key), "o--", markersize=4, linewidth=0.7, label=label)
+            axis.plot(*series("eval", eval_key), "o--", markersize=4, linewidth=0.7, color=color, label=label)
         axis.set_title(title, fontsize=10)
         axis.tick_params(labelsize=9)
         axis.grid(alpha=0.25)
