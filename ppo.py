@@ -188,9 +188,10 @@ class Rollout:
     response_mask: Tensor  # [batch, seq_len] bool, from the first sampled token through the EOS
     token_scores: Tensor  # [batch, seq_len] the reward's numbers, a response's score on its last token
     finished: Tensor  # [batch] bool, ended by an EOS or a stop sequence
-    old_logprobs: Tensor  # [batch, seq_len]
-    ref_logprobs: Tensor  # [batch, seq_len]
-    values: Tensor  # [batch, seq_len] of the state before each token
+    rollout_logprobs: Tensor  # [batch, seq_len] that it was sampled with
+    old_logprobs: Tensor | None = None  # [batch, seq_len] by the path that training takes
+    ref_logprobs: Tensor | None = None  # [batch, seq_len]
+    values: Tensor | None = None  # [batch, seq_len] of the state before each token
     advantages: Tensor | None = None  # [batch, seq_len]
     returns: Tensor | None = None  # [batch, seq_len]
 
@@ -347,17 +348,29 @@ def minibatch_loss(microbatch, roles, args, num_tokens, value_only=False):
     return ppo_loss(logprobs, entropy, values, old, args, num_tokens, value_only)
 
 
-@torch.no_grad()
-def describe_tokens(roles, generation, temperature, microbatch_size):
-    """Log-probabilities under policy and reference, and values, by the path that training takes.
+def split_epoch(args, iteration, epoch, mesh):
+    """Yields, for each minibatch of an epoch, its rows of the rollout and this rank's share as micro-batches."""
+    order = torch.as_tensor(epoch_order(args.batch_size, args.seed, (iteration - 1) * args.epochs + epoch))
+    share = args.minibatch_size // mesh.dp.size
+    for minibatch in order.split(args.minibatch_size):
+        mine = minibatch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
+        yield minibatch, mine.split(args.microbatch_size)
 
-    Returns: old_logprobs, ref_logprobs, values, each [batch, seq_len], 0 outside the response
+
+@torch.no_grad()
+def describe_tokens(roles, rollout, temperature, microbatches):
+    """Log-probabilities under policy and reference, and values, of some rows by the path that training takes.
+
+    Args: rollout: with input_ids, response_mask and seq_lens. microbatches: rows of each, as training will take them:
+        the same rows laid out in the same way give the same numbers to the last bit.
+    Returns: old_logprobs, ref_logprobs, values, each [batch, seq_len], 0 outside the responses of those rows
     """
-    old_logprobs = torch.zeros_like(generation.logprobs)
-    ref_logprobs, values = torch.zeros_like(old_logprobs), torch.zeros_like(old_logprobs)
-    fields = {"input_ids": generation.input_ids, "response_mask": generation.response_mask}
-    for rows in torch.arange(len(generation.seq_lens)).split(microbatch_size):
-        microbatch = pack_batch(fields, generation.seq_lens, rows)
+    dtype = torch.promote_types(roles["policy"].embedding.weight.dtype, torch.float32)
+    shape, device = rollout.input_ids.shape, rollout.input_ids.device
+    old_logprobs, ref_logprobs, values = torch.zeros(3, *shape, dtype=dtype, device=device)
+    fields = {"input_ids": rollout.input_ids, "response_mask": rollout.response_mask}
+    for rows in microbatches:
+        microbatch = pack_batch(fields, rollout.seq_lens, rows)
         where = microbatch["source"][microbatch["response_mask"]]  # [tokens] flat positions in [batch, seq_len]
         logprobs, _, new_values = run_models(roles, microbatch, temperature)
         old_logprobs.view(-1)[where] = logprobs
@@ -410,26 +423,25 @@ def evaluate(policy, prompts, reward, args, mesh, tokenizer, eos):
     return metrics, table
 
 
-def check_mismatch(generation, old_logprobs, dtype, iteration, tokenizer, mesh):
-    """Sum and maximum of |rollout - old| log-probability on this rank: a stale weight or a wrong cache would show.
+def check_mismatch(rollout: Rollout, dtype, iteration, tokenizer) -> dict[str, float]:
+    """Metrics of |rollout - old| log-probability: a stale weight or a wrong cache would show.
 
-    Raises: RankError on all ranks if one token differs by more than MAX_MISMATCH; in bfloat16 a mean of
+    Raises: RankError, on all ranks alike, if one token differs by more than MAX_MISMATCH; in bfloat16 a mean of
         exp |difference| above 1.05 is a warning.
     """
-    difference = (generation.logprobs - old_logprobs).abs()  # [batch, seq_len]
-    error = None
+    difference = (rollout.rollout_logprobs - rollout.old_logprobs).abs()  # [batch, seq_len]
     if dtype == torch.bfloat16:
-        if mesh.max(difference[generation.response_mask].exp().mean().item(), "dp") > 1.05:
+        if difference[rollout.response_mask].exp().mean() > 1.05:
             warnings.warn(f"iteration {iteration}: rollout and training log-probabilities differ by 5 %", stacklevel=2)
     elif not difference.max() <= MAX_MISMATCH:  # a NaN is no agreement
         row, t = divmod(int(difference.argmax()), difference.shape[1])
-        token_id = int(generation.input_ids[row, t])
-        error = RankError(
-            f"iteration {iteration}: sample {row} drew token {t}, {tokenizer.decode([token_id])!r}, with "
-            f"log-probability {generation.logprobs[row, t]:.6f}, recomputed as {old_logprobs[row, t]:.6f}"
+        raise RankError(
+            f"iteration {iteration}: sample {row} drew token {t}, "
+            f"{tokenizer.decode([int(rollout.input_ids[row, t])])!r}, with log-probability "
+            f"{rollout.rollout_logprobs[row, t]:.6f}, recomputed as {rollout.old_logprobs[row, t]:.6f}"
         )
-    mesh.raise_together(error)
-    return difference.sum(), difference.max()
+    mean = difference.sum() / rollout.response_mask.sum()
+    return {"rollout_mismatch": mean.item(), "rollout_mismatch_max": difference.max().item()}
 
 
 def gather_rollout(local: Rollout, mesh) -> Rollout:
@@ -589,7 +601,6 @@ def main(args: Args) -> None:
 
     steps_per_iteration = args.epochs * (args.batch_size // args.minibatch_size)
     total_steps = steps_per_iteration * args.max_iterations
-    share = args.minibatch_size // mesh.dp.size  # sequences of a minibatch that this rank works on
     run.describe(
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
@@ -654,24 +665,22 @@ def main(args: Args) -> None:
         scores = score_together(reward, samples, mesh)
         timer["score_seconds"] = time.perf_counter()
 
-        # log-probabilities, values, and everybody's rollouts
-        old_logprobs, ref_logprobs, values = describe_tokens(
-            roles, generation, args.sampling.temperature, args.microbatch_size
-        )
-        mismatch = check_mismatch(generation, old_logprobs, dtype, state.iteration, tokenizer, mesh)
+        # everybody's rollouts; log-probabilities and values, in the micro-batches of the first epoch
         rollout = gather_rollout(
             Rollout(
                 generation.input_ids,
                 generation.seq_lens,
                 generation.response_mask,
-                place_scores(scores, generation.response_mask, old_logprobs.dtype),
+                place_scores(scores, generation.response_mask, generation.logprobs.dtype),
                 generation.finished,
-                old_logprobs,
-                ref_logprobs,
-                values,
+                generation.logprobs,
             ),
             mesh,
         )
+        microbatches = [rows for _, mine in split_epoch(args, state.iteration, 0, mesh) for rows in mine]
+        described = describe_tokens(roles, rollout, args.sampling.temperature, microbatches)
+        rollout.old_logprobs, rollout.ref_logprobs, rollout.values = (mesh.sum(x, "dp") for x in described)
+        mismatch = check_mismatch(rollout, dtype, state.iteration, tokenizer)
         mask = rollout.response_mask
         timer["logprobs_seconds"] = time.perf_counter()
 
@@ -702,12 +711,10 @@ def main(args: Args) -> None:
         value_only = state.iteration <= args.value_warmup_iterations
         fields = {name: x for name, x in vars(rollout).items() if x is not None and x.dim() == 2}
         steps: list[dict] = []  # metrics of each optimizer step
-        for epoch, first in itertools.product(range(args.epochs), range(0, args.batch_size, args.minibatch_size)):
-            order = epoch_order(args.batch_size, args.seed, (state.iteration - 1) * args.epochs + epoch)
-            minibatch = torch.as_tensor(order[first : first + args.minibatch_size])
+        minibatches = (split_epoch(args, state.iteration, epoch, mesh) for epoch in range(args.epochs))
+        for minibatch, mine in itertools.chain.from_iterable(minibatches):
             num_tokens = mask[minibatch].sum()
-            mine = minibatch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
-            microbatches = [pack_batch(fields, rollout.seq_lens, rows) for rows in mine.split(args.microbatch_size)]
+            microbatches = [pack_batch(fields, rollout.seq_lens, rows) for rows in mine]
             loss_fn = partial(minibatch_loss, roles=roles, args=args, num_tokens=num_tokens, value_only=value_only)
             model.zero_grad()
             metrics = forward_backward(model, microbatches, loss_fn)
@@ -752,8 +759,7 @@ def main(args: Args) -> None:
             **mesh.utilisation(2 * policy.num_parameters * num_tokens * passes, seconds),
             **rollout_metrics(rollout, kl if "ref_policy" in roles else None),
             "kl_coef": kl_coef,
-            "rollout_mismatch": mesh.sum(mismatch[0], "dp").item() / int(mask.sum()),
-            "rollout_mismatch_max": mesh.max(mismatch[1], "dp").item(),
+            **mismatch,
             "kept_mass": mesh.sum(generation.kept_mass, "dp") / mesh.dp.size,
             "advantage_std": advantage_std.item(),
             **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},

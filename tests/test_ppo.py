@@ -102,13 +102,19 @@ def true_gradient(policy, ref_policy, responses, scores):
     return torch.autograd.grad(objective, list(policy.parameters()))
 
 
+def describe(roles, generation, microbatch_size):
+    """`describe_tokens` of all rows in order."""
+    microbatches = torch.arange(len(generation.seq_lens)).split(microbatch_size)
+    return ppo.describe_tokens(roles, generation, TEMPERATURE, microbatches)
+
+
 def script_gradient(mesh, policy, ref_policy, responses, scores):
     """The gradient that ppo.py's functions give on the first minibatch, weighted by the responses' probabilities."""
     args = make_args(kl_coef=KL_COEF, gamma=1.0, gae_lambda=1.0)
     roles = {"policy": policy, "ref_policy": ref_policy}
     generation = make_generation([PROMPT] * len(responses), responses)
     mask = generation.response_mask
-    old_logprobs, ref_logprobs, values = ppo.describe_tokens(roles, generation, TEMPERATURE, microbatch_size=50)
+    old_logprobs, ref_logprobs, values = describe(roles, generation, 50)
     token_scores = ppo.place_scores(scores, mask, torch.float64)
     token_scores = ppo.shape_scores(token_scores, generation.finished, mask, None, 0.0)
     rewards, _ = ppo.shape_rewards(token_scores, old_logprobs, ref_logprobs, mask, KL_COEF)
@@ -308,7 +314,7 @@ def test_results_do_not_depend_on_padding():
         lambda g, r, v: ppo.compute_gae(r, v, g.response_mask, 0.9, 0.7),
         lambda g, r, v: ppo.whiten(r, g.response_mask)[0],
         lambda g, r, v: ppo.shape_rewards(r, v, r, g.response_mask, 0.3)[0],
-        lambda g, r, v: torch.stack(ppo.describe_tokens(exact_roles(), g, TEMPERATURE, 3)).transpose(0, 1),
+        lambda g, r, v: torch.stack(describe(exact_roles(), g, 3)).transpose(0, 1),
     ):
         assert torch.equal(function(*narrow), function(*wide)[..., :width])
         assert (function(*wide)[..., width:] == 0).all()
@@ -396,7 +402,7 @@ def update_gradient(microbatch_size, dtype, advantage="gae"):
     mask = generation.response_mask
     args = make_args(entropy_coef=0.01)
     fields = {"input_ids": generation.input_ids, "response_mask": mask, "values": values}
-    fields["old_logprobs"] = ppo.describe_tokens(roles, generation, TEMPERATURE, 7)[0] + 0.1 * rewards
+    fields["old_logprobs"] = describe(roles, generation, 7)[0] + 0.1 * rewards
     fields["advantages"] = ppo.whiten(ppo.compute_gae(rewards, values, mask, 1.0, 0.95), mask)[0]
     fields["returns"] = fields["advantages"] + values
     model = data_parallel(roles, mesh, Layout())
@@ -438,7 +444,7 @@ def test_first_minibatch_has_ratio_one_and_equal_policies_no_kl():
     roles["ref_policy"].load_state_dict(roles["policy"].state_dict())
     roles = {name: role.float() for name, role in roles.items()}
     generation, _, _ = random_rollout(dtype=torch.float32)
-    old, ref, values = ppo.describe_tokens(roles, generation, TEMPERATURE, 3)
+    old, ref, values = describe(roles, generation, 3)
     assert torch.equal(old, ref)
     fields = {"input_ids": generation.input_ids, "response_mask": generation.response_mask, "values": values}
     fields.update(old_logprobs=old, advantages=old, returns=old)
@@ -454,7 +460,7 @@ def test_reference_stays_bit_equal_over_100_steps():
     frozen = {name: p.clone() for name, p in roles["ref_policy"].named_parameters()}
     before = {name: p.clone() for name, p in roles["policy"].named_parameters()}
     generation, rewards, values = random_rollout(dtype=torch.float32)
-    old, ref, _ = ppo.describe_tokens(roles, generation, TEMPERATURE, 7)
+    old, ref, _ = describe(roles, generation, 7)
     fields = {"input_ids": generation.input_ids, "response_mask": generation.response_mask, "values": values}
     fields.update(old_logprobs=old, advantages=rewards, returns=rewards)
     model = data_parallel(roles, mesh, Layout())
@@ -467,4 +473,4 @@ def test_reference_stays_bit_equal_over_100_steps():
         assert optimizer.step()
     assert all(torch.equal(p, frozen[name]) for name, p in roles["ref_policy"].named_parameters())
     assert all((p - before[name]).abs().max() > 1e-3 for name, p in roles["policy"].named_parameters())
-    assert torch.equal(ppo.describe_tokens(roles, generation, TEMPERATURE, 7)[1], ref)
+    assert torch.equal(describe(roles, generation, 7)[1], ref)

@@ -58,7 +58,7 @@ def test_default_run_learns_the_task(default_runs):
     means = [sum(scores[i : i + 5]) / 5 for i in range(len(scores) - 4)]
     reached = next(i for i, mean in enumerate(means) if mean >= 0.9)
     assert min(means[reached:]) >= 0.85 and means[-1] >= 0.97
-    assert all(row["rollout_mismatch_max"] < 1e-4 and row["first_log_ratio"] < 1e-5 for row in rows)
+    assert all(row["rollout_mismatch_max"] < 1e-4 and row["first_log_ratio"] == 0 for row in rows)
     for words in ("parameters", "layout", "optimizer steps", "runs/ppo"):
         assert words in out, words
 
