@@ -60,7 +60,7 @@ from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
 from parallel.rows import Row, load_rows, resolve_model, warn
-from parallel.run import Run, launch
+from parallel.run import Run, check_flags, launch
 from parallel.tensor import hidden_before, vocab_parallel_logits, vocab_parallel_logprobs
 from tasks.rewards import SampleContext, make_reward, make_samples, score_together
 
@@ -138,12 +138,12 @@ class Args:
     layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self):
+        counts = "batch_size microbatch_size eval_every save_every log_every target_sync_steps"
+        check_flags(self, {1: counts, 0: "max_steps max_len eval_samples gamma cql_coef awac_coef awac_beta"})
         if not 0 < self.expectile < 1:
             raise ValueError(f"--expectile {self.expectile} is not between 0 and 1; 0.5 is the mean")
         if not 0 < self.target_update_rate <= 1:
             raise ValueError(f"--target-update-rate {self.target_update_rate} is not in (0, 1]; 1 copies the Q heads")
-        if self.target_sync_steps < 1:
-            raise ValueError(f"--target-sync-steps {self.target_sync_steps} must be at least 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,6 +388,7 @@ def evaluate(policy, target_q_heads, prompts, reward, args, mesh, tokenizer, eos
             seed=args.seed,
             stream=EVALUATION,
             stop_fn=stop_at(tokenizer, args.sampling.stop),
+            num_ids=len(tokenizer),
             logits_fn=logits_fn if scale else None,
         )
         samples = make_samples(generation, mine, tokenizer, eos, args.sampling.stop)

@@ -58,7 +58,7 @@ from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
 from parallel.reward import is_reward_model, load_reward_model
 from parallel.rows import load_rows, resolve_model
-from parallel.run import Run, launch
+from parallel.run import Run, check_flags, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
 from tasks.rewards import SampleContext, make_reward, make_samples, score_together
 
@@ -133,7 +133,7 @@ class Args:
     clip_range: float = 0.2
     """eps of eq. 3 (Schulman et al. 2017, eq. 7)"""
     value_clip_range: float = 0.2
-    """eps_v of eq. 4"""
+    """eps_v of eq. 4; a large number does not clip"""
     value_coef: float = 1.0
     """weight of the value loss (eq. 3)"""
     entropy_coef: float = 0.0
@@ -147,7 +147,7 @@ class Args:
     score_clip: float = 0.0
     """clip scores to +- this, before scaling; 0 = off"""
     score_scaling: bool = False
-    """divide scores by the standard deviation of all scores so far (the mean stays)"""
+    """divide scores by the standard deviation of all scores so far; their mean is not subtracted"""
     missing_eos_score: float | None = None
     """replaces the score of a response that did not end by itself (Huang et al. 2024, arXiv 2403.17031: -1)"""
     value_model: str = "head"
@@ -162,6 +162,12 @@ class Args:
     layout: Layout = field(default_factory=Layout)
 
     def __post_init__(self):
+        counts = "batch_size minibatch_size microbatch_size samples_per_prompt epochs eval_every save_every log_every"
+        zero = "prompt_tokens max_iterations eval_samples value_warmup_iterations eval_temperature gamma gae_lambda"
+        zero += " clip_range value_clip_range value_coef max_kl kl_coef kl_target score_clip value_lr"
+        check_flags(self, {1: counts, 0: zero})
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("--kl-target steers --kl-coef by factors: with --kl-coef 0 it would stay 0")
         if self.batch_size % self.minibatch_size:
             raise ValueError(f"--batch-size {self.batch_size} is no multiple of --minibatch-size {self.minibatch_size}")
         if self.batch_size % self.samples_per_prompt:
@@ -406,6 +412,7 @@ def evaluate(policy, prompts, reward, args, mesh, tokenizer, eos):
             seed=args.seed,
             stream=EVALUATION,
             stop_fn=stop_at(tokenizer, args.sampling.stop),
+            num_ids=len(tokenizer),
         )
         samples = make_samples(generation, mine, tokenizer, eos, args.sampling.stop)
         scores = [sum(s) if isinstance(s, list) else s for s in score_together(reward, samples, mesh)]
@@ -528,6 +535,7 @@ def rollout_metrics(rollout: Rollout, kl: Tensor | None) -> dict:
     if kl is not None:
         metrics["kl"] = (kl.sum() / mask.sum()).item()
         metrics["kl_per_sequence"] = kl.sum(1).mean().item()
+        metrics["kl_k3"] = (((-kl).exp() - 1 + kl).sum() / mask.sum()).item()
     if rollout.returns is not None:
         returns, values = rollout.returns[mask], rollout.values[mask]
         variance, unexplained = returns.var(correction=0).item(), (returns - values).var(correction=0).item()
@@ -571,7 +579,7 @@ def main(args: Args) -> None:
     check_vocabulary(tokenizer, policy.config)
     eos = eos_ids(folder, tokenizer)
     roles = {"policy": policy}
-    if args.kl_coef or args.kl_target:
+    if args.kl_coef:
         roles["ref_policy"] = copy.deepcopy(policy).requires_grad_(False)
     if args.advantage == "gae":
         roles |= make_value_function(args.value_model, policy, tokenizer, mesh, dtype)
@@ -620,7 +628,7 @@ def main(args: Args) -> None:
         )
 
     def save_model(name):
-        heads = {role: head for role, head in roles.items() if role == "value_head"}
+        heads = {} if "value_model" in roles else {role: x for role, x in roles.items() if role == "value_head"}
         save_decoder(policy, run.folder / name, mesh, tokenizer, heads)
 
     def evaluate_now():
@@ -657,6 +665,7 @@ def main(args: Args) -> None:
             seed=args.seed,
             stream=ROLLOUT,
             stop_fn=stop_fn,
+            num_ids=len(tokenizer),
         )
         timer["rollout_seconds"] = time.perf_counter()
 
@@ -760,7 +769,7 @@ def main(args: Args) -> None:
             **rollout_metrics(rollout, kl if "ref_policy" in roles else None),
             "kl_coef": kl_coef,
             **mismatch,
-            "kept_mass": mesh.sum(generation.kept_mass, "dp") / mesh.dp.size,
+            "kept_mass": mesh.sum(generation.kept_mass * int(generation.response_mask.sum()), "dp") / int(mask.sum()),
             "advantage_std": advantage_std.item(),
             **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},
             "first_log_ratio": steps[0]["max_log_ratio"],

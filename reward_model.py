@@ -42,7 +42,7 @@ from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
 from parallel.reward import is_reward_model, load_reward_model, pack_sequences, read_scores, save_reward_model
 from parallel.rows import Row, load_rows, resolve_model, warn
-from parallel.run import Run, launch
+from parallel.run import Run, check_flags, launch
 from tasks.baselines import bag_accuracy, count_wins, length_accuracy
 
 MAX_DEMONSTRATIONS = 1000  # chosen answers that stand in for --demonstrations
@@ -97,6 +97,9 @@ class Args:
     """pairs of a forward and backward, per rank; changes memory and speed only"""
     optim: Optim = field(default_factory=partial(Optim, lr=5e-4, schedule="cosine", warmup_steps=10))
     layout: Layout = field(default_factory=Layout)
+
+    def __post_init__(self):
+        check_flags(self, {1: "batch_size microbatch_size eval_every save_every log_every", 0: "max_steps max_len"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

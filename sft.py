@@ -29,7 +29,7 @@ from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
 from parallel.rows import load_rows, resolve_model
-from parallel.run import Run, launch
+from parallel.run import Run, check_flags, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
 
 
@@ -81,6 +81,9 @@ class Args:
     """demonstrations of a forward and backward, per rank; changes memory and speed only"""
     optim: Optim = field(default_factory=partial(Optim, lr=1e-3))
     layout: Layout = field(default_factory=Layout)
+
+    def __post_init__(self):
+        check_flags(self, {1: "batch_size microbatch_size eval_every save_every log_every", 0: "max_steps max_len"})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,10 @@ class WeightFiles:
         self.used: set[str] = set()
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index} holds no weight_map from tensors to files")
+            files = sorted(set(weight_map.values()))
         elif single.exists():
             files = [single.name]
         else:
@@ -312,9 +315,10 @@ def save_training_state(folder: Path, step: int, tensors: dict[str, Tensor], met
 
 
 def load_training_state(folder: Path, mesh: Mesh) -> tuple[dict[str, Tensor], dict] | None:
-    """Tensors and meta of the newest intact checkpoint; None without one. A damaged one is named and passed over.
+    """Tensors and meta of the newest intact checkpoint; None without any. A damaged one is named and passed over.
 
     Communication: rank 0 decides and tells the others.
+    Raises: ValueError on all ranks if all are damaged.
     """
     chosen, damaged = None, []
 
@@ -329,10 +333,11 @@ def load_training_state(folder: Path, mesh: Mesh) -> tuple[dict[str, Tensor], di
             damaged.append(f"{path} is damaged ({problem})")
 
     on_logger(choose, f"cannot read the checkpoints in {folder}", mesh)
-    chosen = mesh.broadcast_object(chosen)
+    chosen, damaged = mesh.broadcast_object((chosen, damaged))
     if damaged:
-        instead = f"going on from {chosen}" if chosen else "there is no checkpoint before it"
-        warnings.warn(f"{'; '.join(damaged)}; {instead}", stacklevel=2)
+        if chosen is None:
+            raise ValueError(f"{'; '.join(damaged)}; there is none before it: --overwrite starts anew")
+        warnings.warn(f"{'; '.join(damaged)}; going on from {chosen}", stacklevel=2)
     if chosen is None:
         return None
     error, state = None, None

@@ -27,7 +27,7 @@ class Sampling:
     top-k and top-p restrict only what is drawn."""
 
     temperature: float = 1.0
-    """divides the logits; 0 takes the likeliest token"""
+    """divides the logits; 0 takes the likeliest token, in evaluations only"""
     top_k: int = 0
     """draw from the k likeliest tokens; 0 = all"""
     top_p: float = 1.0
@@ -92,15 +92,18 @@ def uniform(seed: int, stream: int, sample_ids: Tensor, positions: Tensor) -> Te
     return ((state >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
 
 
-def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, noise: Tensor, sampling: Sampling, num_ids: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one token per row by the inverse of the cumulative distribution.
 
     The probabilities are summed in blocks of 128 ids; a float64 prefix sum over the block sums finds the block, another
     one the id inside it.
 
+    Args: num_ids: ids from here on are never drawn.
     Shapes: logits [n, padded_vocab] float32, -inf where an id does not exist; noise [n] in [0, 1)
     Returns: token_ids [n]; logprobs [n] over the full vocabulary at the sampling temperature (at 1 if that is 0);
-        kept_mass [n], the probability that top-k and top-p left
+        kept_mass [n], the probability that top-k, top-p and num_ids left
     """
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
@@ -109,10 +112,13 @@ def sample_tokens(logits: Tensor, noise: Tensor, sampling: Sampling) -> tuple[Te
     total = weights.sum(1, dtype=torch.float64)
     kept_mass = torch.ones_like(total)
     if sampling.temperature == 0:
-        token_ids = logits.argmax(1)
+        token_ids = logits[:, :num_ids].argmax(1)
     else:
+        if num_ids is not None:
+            weights[:, num_ids:] = 0
         if sampling.truncates:
             weights = truncate(weights, total, sampling)
+        if sampling.truncates or num_ids is not None:
             kept_mass = weights.sum(1, dtype=torch.float64) / total
         blocks = weights.view(len(weights), -1, VOCAB_MULTIPLE)  # [n, num_blocks, 128]
         prefix = blocks.sum(2, dtype=torch.float64).cumsum(1)  # [n, num_blocks]
@@ -231,15 +237,18 @@ def prefill(decoder: Decoder, cache: KVCache, input_ids, prompt_lens, rows: Tens
 def stop_at(tokenizer, stop: tuple[str, ...]) -> Callable[[list[list[int]]], list[bool]] | None:
     """Says of each response whether its text contains a stop sequence; None without stop sequences.
 
-    Only the end of a response is decoded: called after every token, an earlier stop has been seen before.
+    Only the end of a response is decoded: called after every token, an earlier stop has been seen before. Each list of
+    ids begins one token early, so that a space at the response's beginning shows.
     """
     if not stop:
         return None
     tail = max(len(text.encode()) for text in stop) + 4  # a token holds at least a byte; some room for word-start rules
 
     def stop_fn(responses: list[list[int]]) -> list[bool]:
-        texts = tokenizer.batch_decode([ids[-tail:] for ids in responses], skip_special_tokens=True)
-        return [any(text in end for text in stop) for end in texts]
+        ends = [ids[-tail:] for ids in responses]
+        firsts = tokenizer.batch_decode([ids[:1] for ids in ends], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(ends, skip_special_tokens=True)
+        return [any(end in text[len(first) :] for end in stop) for first, text in zip(firsts, texts, strict=True)]
 
     return stop_fn
 
@@ -256,6 +265,7 @@ def generate(
     stream: int = ROLLOUT,
     stop_fn: Callable[[list[list[int]]], list[bool]] | None = None,
     logits_fn: Callable[[Tensor], Tensor] | None = None,
+    num_ids: int | None = None,
     num_slots: int = NUM_SLOTS,
 ) -> Generation:
     """Samples one response per prompt with continuous batching.
@@ -264,7 +274,8 @@ def generate(
     sampled EOS or stop sequence is part of it.
 
     Args: sample_ids: one number per prompt; with seed, stream and position it fixes the noise. logits_fn: hidden
-        [n, hidden_size] -> logits [n, padded_vocab] in place of the LM head.
+        [n, hidden_size] -> logits [n, padded_vocab] in place of the LM head. num_ids: ids from here on, which the
+        tokenizer lacks, are never drawn.
     Communication: none; replicas do not wait for each other.
     Raises: ValueError if a prompt is empty or does not fit the context together with its response.
     """
@@ -303,7 +314,9 @@ def generate(
         nonlocal kept_mass
         logits = logits_fn(hidden) if logits_fn is not None else lm_logits(decoder, hidden)
         positions = seq_lens[rows]
-        tokens, token_logprobs, mass = sample_tokens(logits, noise[rows, positions - prompt_lens[rows]], sampling)
+        tokens, token_logprobs, mass = sample_tokens(
+            logits, noise[rows, positions - prompt_lens[rows]], sampling, num_ids
+        )
         input_ids[rows, positions] = tokens
         logprobs[rows, positions] = token_logprobs
         seq_lens[rows] = positions + 1
@@ -311,7 +324,7 @@ def generate(
         ended = torch.isin(tokens, eos)
         if stop_fn is not None:
             spans = zip(input_ids[rows].tolist(), prompt_lens[rows].tolist(), (positions + 1).tolist(), strict=True)
-            ended |= torch.tensor(stop_fn([ids[start:end] for ids, start, end in spans]), device=device)
+            ended |= torch.tensor(stop_fn([ids[start - 1 : end] for ids, start, end in spans]), device=device)
         finished[rows] = ended
         return ~ended & (positions + 1 < limit[rows])
 

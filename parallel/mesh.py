@@ -18,7 +18,9 @@ from torch import Tensor
 from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # a second, dense bfloat16, by part of the GPU's name
-GROUP_TIMEOUT = timedelta(seconds=120)  # a rank that does not come to a collective for so long is lost
+# A rank that does not come to a collective for so long is lost. A dead one is seen at once by its closed connections;
+# one that lives may be busy with a slow reward or a large checkpoint.
+GROUP_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ class Optim:
     max_grad_norm: float = 1.0
     """L2 norm over all gradients to which they are scaled down; 0 = no clipping"""
 
+    def __post_init__(self):
+        for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(self, name)} should be a number from 0 on")
+
     def lr_multiplier(self, step: int, total_steps: int) -> float:
         return lr_multiplier(step, self.schedule, self.warmup_steps, total_steps)
 
@@ -180,7 +185,7 @@ class AdamW:
 
     def state_dict(self) -> dict[str, Tensor]:
         """m, v and (of bfloat16 parameters) master as "<full name>|m" and so on, in full shapes, and the step count."""
-        tensors = {"optimizer|steps": self.steps}
+        tensors = {"optimizer|steps": self.steps, "optimizer|num_skipped": torch.tensor(float(self.num_skipped))}
         for unit, state in self.state.items():
             for key, flat in state.items():
                 if flat is not unit.flat:
@@ -195,3 +200,4 @@ class AdamW:
         """
         for name, tensor in self.state_dict().items():
             tensor.copy_(saved_tensor(tensors, name, tensor.shape))
+        self.num_skipped = int(tensors["optimizer|num_skipped"])

@@ -13,6 +13,7 @@ import pkgutil
 import sys
 import traceback
 import warnings
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -132,6 +133,10 @@ class Row(dict):
     def text(self, name: str) -> str:
         if not isinstance(self[name], str):
             raise ValueError(f"{self.where}: `{name}` is {self[name]!r:.80}, not a string")
+        try:
+            self[name].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{self.where}: `{name}` holds half a surrogate pair: {error}") from error
         return self[name]
 
 
@@ -157,7 +162,8 @@ def load_source(spec: str) -> list[Row]:
         return [row for file in files for row in read_file(file)]
     if path.is_file():
         return read_file(path)
-    if is_object_spec(spec):
+    module = spec.rpartition(":")[0]
+    if is_object_spec(spec) and ("." in module or importlib.util.find_spec(module) is not None):  # else name:split
         rows = load_object(spec)()
         if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{spec} returned {rows!r:.80}, not a list of dicts")
@@ -197,11 +203,11 @@ def read_file(path: Path) -> list[Row]:
                     if not line.strip():
                         continue
                     fields = {"text": line, "prompt": line} if is_text else json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{where}: not {'UTF-8' if is_text else 'JSON'}: {error}") from error
                 if not isinstance(fields, dict):
                     raise ValueError(f"{where}: a row is a JSON object, {{...}}, not {line:.80}")
                 rows.append(Row(fields, where))
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read after row {len(rows)}: {error}") from error
     return rows

@@ -170,7 +170,6 @@ class Run:
             try:
                 check_tracker(args.track)
                 folder = self.choose_folder()
-                self.open_tracker(folder)
             except OSError as caught:
                 error = f"--output-dir {args.output_dir or 'runs'} cannot be written: {caught.strerror or caught}"
             except ValueError as caught:
@@ -181,7 +180,7 @@ class Run:
         self.folder = folder
 
     def choose_folder(self) -> Path:
-        """The run's folder, made or emptied or checked against the flags of the run that it holds."""
+        """The run's folder, made, or checked against the flags of the run that it holds. What it holds stays."""
         args, default = self.args, Path("runs")
         if args.resume and args.overwrite:
             raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
@@ -192,19 +191,25 @@ class Run:
             folder = max(known, key=last_written, default=default / self.script)
         else:
             names = [self.script, *(f"{self.script}-{i}" for i in range(2, 100_000))]
-            folder = next(default / name for name in names if not (default / name).exists())
+            folder = next(default / name for name in names if not holds_files(default / name))
         holds_run = any((folder / name).exists() for name in WRITTEN)
         self.resuming = args.resume and holds_run
-        if holds_run and args.overwrite:
-            for path in (folder / name for name in WRITTEN):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        elif holds_run and not args.resume:
+        if holds_run and not args.overwrite and not args.resume:
             raise ValueError(f"{folder} holds a run: --resume goes on with it, --overwrite replaces it")
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not writable")
         if self.resuming and (folder / "args.json").exists():
             self.compare_flags(folder / "args.json")
-        write_atomically(folder / "args.json", json.dumps(flat_flags(args), indent=2) + "\n")
         return folder
+
+    def begin(self) -> None:
+        """Writes args.json, and removes the run that --overwrite replaces: model, data and reward have been read."""
+        if self.args.overwrite:
+            for path in (self.folder / name for name in WRITTEN):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_atomically(self.folder / "args.json", json.dumps(flat_flags(self.args), indent=2) + "\n")
+        self.open_tracker()
 
     def compare_flags(self, path: Path) -> None:
         """Lists the flags that differ from the saved ones; refuses those that change the run."""
@@ -254,17 +259,17 @@ class Run:
                     continue
             write_atomically(path, "".join(kept))
 
-    def open_tracker(self, folder: Path) -> None:
+    def open_tracker(self) -> None:
         """Hands all later rows to --track, too."""
         if self.args.track == "wandb":
             import wandb
 
-            wandb.init(project="rlhf", name=folder.name, config=flat_flags(self.args))
+            wandb.init(project="rlhf", name=self.folder.name, config=flat_flags(self.args))
             self.trackers.append(lambda row: wandb.log(row, step=row["iteration"]))
         elif self.args.track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(folder / "tensorboard"))
+            writer = SummaryWriter(str(self.folder / "tensorboard"))
 
             def write(row):
                 for name, value in row.items():
@@ -280,7 +285,8 @@ class Run:
             say(text)
 
     def describe(self, lines: list[tuple[str, str]]) -> None:
-        """Prints the opening block: label and text of each line."""
+        """Begins to write, and prints the opening block: label and text of each line."""
+        on_logger(self.begin, f"cannot write into {self.folder}", self.mesh)
         for label, text in [("run", str(self.folder)), *lines]:
             self.note(f"{label:11}{text}")
 
@@ -352,6 +358,23 @@ class Run:
 def check_tracker(track: str) -> None:
     if track != "none" and importlib.util.find_spec(track) is None:
         raise ValueError(f"--track {track} needs the package {track}: pip install {track}")
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether a path is taken; an empty folder is what a start that failed leaves."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def check_flags(args, at_least: dict[str, float]) -> None:
+    """Raises ValueError for a flag below its minimum or not finite.
+
+    Args: at_least: minimum -> names of flags, separated by spaces
+    """
+    for minimum, names in at_least.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if not minimum <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value} should be a number of at least {minimum}")
 
 
 def last_written(folder: Path) -> float:

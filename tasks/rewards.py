@@ -6,7 +6,6 @@ gives is checked before it reaches the algorithm: nonsense is an error that name
 
 import http.client
 import json
-import math
 import time
 import urllib.error
 import urllib.parse
@@ -24,10 +23,12 @@ from parallel.reward import load_reward_model, pack_sequences, read_scores
 from parallel.rows import Row, describe_error, load_object
 
 HTTP_BATCH = 64  # samples of a request
+HTTP_TIMEOUT = 12.0  # seconds in which an answer must begin, and then end, at each try
 HTTP_TRIES = 3
 HTTP_PAUSE = 1.0  # seconds before the second try, doubled before each further one
 HTTP_LAST_TRY = 30.0  # seconds after the first try in which another may begin
 SEARCH_SECONDS = 10.0  # spent on finding the sample on which a reward function raises
+MAX_SCORE = 1e30  # far below what overflows in float32
 MODEL_BATCH = 32  # samples of a reward model's forward pass
 
 
@@ -58,7 +59,7 @@ class SampleContext:
     dtype: torch.dtype = torch.float32
 
 
-def make_reward(spec: str, context: SampleContext | None = None, timeout: float = 12.0) -> Reward:
+def make_reward(spec: str, context: SampleContext | None = None, timeout: float = HTTP_TIMEOUT) -> Reward:
     """The reward that a spec names: module:function, file.py:function, an http(s) address or a reward model's folder.
 
     Args: context: of the samples that a reward model will score; needed for a folder only.
@@ -66,7 +67,12 @@ def make_reward(spec: str, context: SampleContext | None = None, timeout: float 
     Returns: samples -> one float each, or one list of floats each, as long as its response_ids.
     Raises: ValueError or FileNotFoundError naming the spec; the reward itself: ValueError naming spec and sample.
     """
-    if urllib.parse.urlsplit(spec).scheme in ("http", "https"):
+    try:
+        scheme = urllib.parse.urlsplit(spec).scheme
+        spec.encode("ascii" if scheme in ("http", "https") else "utf-8")
+    except ValueError as error:
+        raise ValueError(f"reward {spec} is no address that can be asked: {error}") from error
+    if scheme in ("http", "https"):
         return lambda samples: check_scores(ask_endpoint(spec, samples, timeout), samples, spec)
     if Path(spec).is_dir():
         if context is None:
@@ -92,8 +98,8 @@ def check_scores(scores, samples: list[Sample], source: str) -> Scores:
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, Real):
             raise ValueError(f"reward {source} gave {value!r:.80}, not a number, {where}")
-        if not math.isfinite(value):
-            raise ValueError(f"reward {source} gave {value} {where}")
+        if not abs(value) <= MAX_SCORE:
+            raise ValueError(f"reward {source} gave {value} {where}; scores are finite and at most {MAX_SCORE:.0e}")
         return float(value)
 
     checked: list = []
@@ -127,6 +133,8 @@ def make_samples(generation, prompts, tokenizer, eos, stop):
 
     The text of a response is what it adds to its prompt's, so that a leading space survives.
     """
+    if not prompts:
+        return []
     responses = generation.response_ids()
     stripped = [ids[:-1] if ids and ids[-1] in eos else ids for ids in responses]
     before = tokenizer.batch_decode([row.prompt_ids for row in prompts], skip_special_tokens=True)
@@ -152,7 +160,7 @@ def score_together(reward, samples, mesh):
     """Scores of this replica's samples; an error of one replica's reward stops all ranks with its message."""
     scores, error = [], None
     try:
-        scores = reward(samples)
+        scores = reward(samples) if samples else []
     except ValueError as caught:
         error = caught
     mesh.raise_together(error)
@@ -227,7 +235,7 @@ def call_function(function: Callable, samples: list[Sample], source: str):
     """What the function returns. Raises: ValueError with the line that raised and the sample it raised on."""
     try:
         return function(samples)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         culprit = find_culprit(function, samples)
         code = getattr(function, "__code__", None)
         reason = describe_error(error, code.co_filename if code else "")
@@ -242,7 +250,7 @@ def find_culprit(function: Callable, samples: list[Sample]) -> str:
             break
         try:
             function([sample])
-        except Exception:
+        except (Exception, SystemExit):
             return describe_sample(samples, i)
     return (
         f"{len(samples)} samples together, the first being {describe_sample(samples, 0)}" if samples else "no samples"

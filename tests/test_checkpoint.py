@@ -327,13 +327,13 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(case, tmp_path):
     assert_is_state(load_training_state(tmp_path, MESH), 2)
 
 
-def test_no_intact_checkpoint_is_none(tmp_path):
+def test_no_intact_checkpoint_is_an_error(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     for step in (1, 2):
         flip_byte(tmp_path / f"step-{step}/state.safetensors")
-    with pytest.warns(UserWarning, match="step-2 is damaged.*step-1 is damaged.*no checkpoint before"):
-        assert load_training_state(tmp_path, MESH) is None
+    with pytest.raises(ValueError, match="step-2 is damaged.*step-1 is damaged.*none before it: --overwrite"):
+        load_training_state(tmp_path, MESH)
 
 
 def killed_at(call, function):

@@ -174,7 +174,9 @@ def test_stop_at_sees_strings_that_cross_tokens():
             return ["".join(chr(97 + i) for i in ids) for ids in rows]
 
     stop_fn = stop_at(Characters(), ("bca", "zz"))
-    assert stop_fn([[1, 2], [0, 1, 2, 0], [25, 25], [25, 0, 25]]) == [False, True, True, False]
+    # each list begins one token before the response, or within it
+    lists = [[9, 1, 2], [9, 0, 1, 2, 0], [9, 25, 25], [25, 25], [25, 0, 25], [1, 2, 0]]
+    assert stop_fn(lists) == [False, True, True, False, False, False]
     assert stop_at(Characters(), ()) is None
 
 

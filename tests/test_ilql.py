@@ -409,7 +409,7 @@ def test_two_ranks_run(tiny, tmp_path):
     [
         (("--expectile", 1.5), "--expectile 1.5 is not between 0 and 1"),
         (("--target-update-rate", 0), "--target-update-rate 0.0 is not in"),
-        (("--target-sync-steps", 0), "--target-sync-steps 0 must be at least 1"),
+        (("--target-sync-steps", 0), "--target-sync-steps 0 should be a number of at least 1"),
         (("--data", "{tmp}/walks.jsonl"), "line 1: needs `prompt`, `response` and `reward`"),
         (("--data", "{tmp}/equal.jsonl"), "all 2 returns are 1.0"),
     ],
