@@ -4,10 +4,10 @@
     RLHF_DATA=FOLDER python -m tests.bench_reward_model --processes 2
 
 FOLDER/preferences/ethics_util holds pairs of situations, of which one is the more pleasant (ETHICS, utilitarianism:
-Hendrycks et al. 2021). Each model starts at random. A byte-pair tokenizer is made from the training texts; the decoder
-first learns to continue those texts (the loss of sft.py), then to prefer (the loss of reward_model.py). A tenth of the
-training pairs is held out and chooses the evaluation whose accuracy on the test pairs is reported. Prints a table and
-draws tests/results/reward_model_curves.png.
+Hendrycks et al. 2021). Each model starts at random, and a byte-pair tokenizer is made from the training texts. One size
+is also shown after language-model pre-training on those same texts (the loss of sft.py). A tenth of the training pairs
+is held out and chooses the evaluation whose accuracy on the test pairs is reported. Prints a table and draws
+tests/results/reward_model_curves.png.
 """
 
 import argparse
@@ -35,13 +35,13 @@ from parallel.rows import Row, load_rows
 from tasks.baselines import bag_accuracy, length_accuracy
 
 PICTURE = Path(__file__).parent / "results" / "reward_model_curves.png"
-SIZES = ((1, 32), (2, 64), (2, 128))  # layers, width
+MODELS = ((1, 32, 0), (2, 64, 0), (2, 128, 0), (2, 64, 4))  # layers, width, epochs of language-model pre-training
 SEEDS = (1, 2, 3)
 VOCAB_SIZE = 4096
 MAX_LEN = 256
 BATCH = 64  # texts or pairs of a step
-LM_EPOCHS, LM_OPTIM = 3, Optim(lr=4e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1)
-PAIR_EPOCHS, PAIR_OPTIM = 2, Optim(lr=1e-3, schedule="cosine", warmup_steps=10, weight_decay=0.1)
+LM_OPTIM = Optim(lr=3e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1)
+PAIR_EPOCHS, PAIR_OPTIM = 3, Optim(lr=1e-3, schedule="cosine", warmup_steps=10, weight_decay=0.1)
 EVALS = 6  # evaluations of a run, the last at its end
 
 
@@ -49,8 +49,7 @@ EVALS = 6  # evaluations of a run, the last at its end
 class Curve:
     """One run: (step, accuracy on held-out pairs, accuracy on test pairs) of each evaluation."""
 
-    layers: int
-    width: int
+    name: str
     seed: int
     num_parameters: int
     points: list[tuple[int, float, float]]
@@ -104,7 +103,11 @@ def train_model(roles, optim, items, epochs, seed, make_microbatches, make_loss,
         evaluate_at(num_steps, num_steps)
 
 
-def run(layers: int, width: int, seed: int) -> Curve:
+def name_model(layers: int, width: int, lm_epochs: int) -> str:
+    return f"{layers} x {width}" + ", pre-trained" * bool(lm_epochs)
+
+
+def run(layers: int, width: int, lm_epochs: int, seed: int) -> Curve:
     """Language-model pre-training on the training texts, then preferences."""
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -132,7 +135,7 @@ def run(layers: int, width: int, seed: int) -> Curve:
         {"policy": decoder},
         LM_OPTIM,
         examples,
-        LM_EPOCHS,
+        lm_epochs,
         seed,
         partial(sft.make_microbatches, args=sft_args, device=mesh.device),
         make_sft_loss,
@@ -142,7 +145,7 @@ def run(layers: int, width: int, seed: int) -> Curve:
         "reward_head": ScalarHead(width, mesh, std=1 / math.sqrt(width + 1), seed=seed),
     }
     roles["reward_head"].bias.requires_grad_(False)
-    curve = Curve(layers, width, seed, decoder.num_parameters, [], 0.0)
+    curve = Curve(name_model(layers, width, lm_epochs), seed, decoder.num_parameters, [], 0.0)
 
     def evaluate_at(step, num_steps):
         if step % (num_steps // EVALS) == 0 or step == num_steps:
@@ -162,8 +165,7 @@ def run(layers: int, width: int, seed: int) -> Curve:
     curve.seconds = time.perf_counter() - started
     step, held, accuracy = curve.chosen
     print(
-        f"{layers} x {width:3}  seed {seed}  step {step:4}  held out {held:.3f}  test {accuracy:.4f}  "
-        f"{curve.seconds:.0f} s",
+        f"{curve.name:20}  seed {seed}  step {step:4}  held out {held:.3f}  test {accuracy:.4f}  {curve.seconds:.0f} s",
         flush=True,
     )
     return curve
@@ -180,11 +182,11 @@ def draw(curves: list[Curve], bag: float, length: float, num_test: int) -> None:
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axis = figure.subplots()
-    for layers, width in SIZES:
-        runs = [curve for curve in curves if (curve.layers, curve.width) == (layers, width)]
+    for name in dict.fromkeys(curve.name for curve in curves):
+        runs = [curve for curve in curves if curve.name == name]
         steps = [point[0] for point in runs[0].points]
         stats = [summarise([curve.points[i][2] for curve in runs], num_test) for i in range(len(steps))]
-        label = f"{layers} x {width}, {runs[0].num_parameters / 1e6:.2f}M parameters"
+        label = f"{name}, {runs[0].num_parameters / 1e6:.2f}M parameters"
         axis.errorbar(steps, [m for m, _ in stats], [e for _, e in stats], marker="o", capsize=3, label=label)
     axis.axhline(bag, color="black", linestyle="--", linewidth=1, label=f"bag of tokens, {bag:.3f}")
     axis.axhline(length, color="gray", linestyle=":", linewidth=1, label=f"the longer text, {length:.3f}")
@@ -204,18 +206,15 @@ def main():
     bag, length = bag_accuracy(train + held_out, test), length_accuracy(test)
     print(f"bag of tokens {bag:.4f}  the longer text {length:.4f}  ({len(test):,} test pairs)", flush=True)
     with ProcessPoolExecutor(args.processes) as pool:
-        jobs = [pool.submit(run, *size, seed) for size in reversed(SIZES) for seed in SEEDS]
+        jobs = [pool.submit(run, *model, seed) for model in MODELS for seed in SEEDS]
         curves = [job.result() for job in jobs]
-    print(f"\n{'layers x width':16}{'parameters':>12}{'test accuracy':>20}{'best step':>14}{'seconds':>10}")
-    for layers, width in SIZES:
-        runs = [curve for curve in curves if (curve.layers, curve.width) == (layers, width)]
+    print(f"\n{'layers x width':20}{'parameters':>12}{'test accuracy':>20}{'best step':>14}{'seconds':>10}")
+    for name in dict.fromkeys(curve.name for curve in curves):
+        runs = [curve for curve in curves if curve.name == name]
         mean, error = summarise([curve.chosen[2] for curve in runs], len(test))
         steps = ", ".join(str(curve.chosen[0]) for curve in runs)
         seconds = sum(curve.seconds for curve in runs)
-        print(
-            f"{f'{layers} x {width}':16}{runs[0].num_parameters:12,}{f'{mean:.4f} +- {error:.4f}':>20}"
-            f"{steps:>14}{seconds:10.0f}"
-        )
+        print(f"{name:20}{runs[0].num_parameters:12,}{f'{mean:.4f} +- {error:.4f}':>20}{steps:>14}{seconds:10.0f}")
     draw(curves, bag, length, len(test))
 
 
