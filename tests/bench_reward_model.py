@@ -7,7 +7,7 @@ FOLDER/preferences/ethics_util holds pairs of situations, of which one is the mo
 Hendrycks et al. 2021). Each model starts at random, and a byte-pair tokenizer is made from the training texts. One size
 is also shown after language-model pre-training on those same texts (the loss of sft.py). A tenth of the training pairs
 is held out and chooses the evaluation whose accuracy on the test pairs is reported. Prints a table and draws
-tests/results/reward_model_curves.png.
+tests/results/reward_model_curves.png. None of these passes the bag of tokens: accuracy no longer grows from 2 x 64 on.
 """
 
 import argparse
