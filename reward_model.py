@@ -157,11 +157,8 @@ def drop_long(items: list, lengths: list[int], rows: list[Row], max_len: int, wh
 
 def answer_row(row: Row, name: str) -> Row:
     """A pair's prompt with one of its answers: a row of `prompt` + `completion`, or of `messages`."""
-    if (
-        "chosen" not in row
-        or "rejected" not in row
-        or isinstance(row["chosen"], list) != isinstance(row["rejected"], list)
-    ):
+    both_given = "chosen" in row and "rejected" in row
+    if not both_given or isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
         raise row.misfit("`chosen` and `rejected`, both as strings or both as messages")
     if isinstance(row[name], list):
         opening = row.get("prompt", [])
@@ -198,7 +195,10 @@ def encode_answers(rows: list[Row], tokenizer, add_bos: bool) -> list[list[int]]
         parts_of.append(parts)
         is_answer.append(spoken)
     sequences = []
-    for example in join_parts(rows, parts_of, is_answer, tokenizer, add_bos, add_eos=True):
+    examples = join_parts(rows, parts_of, is_answer, tokenizer, add_bos, add_eos=True)
+    for row, example in zip(rows, examples, strict=True):
+        if not any(example.loss_mask):
+            raise ValueError(f"{row.where}: an answer has no tokens")
         end = max(t for t, of_answer in enumerate(example.loss_mask) if of_answer) + 1
         ids = example.input_ids[:end]
         sequences.append(ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id])

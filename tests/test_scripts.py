@@ -407,7 +407,7 @@ BAD_INPUTS = {  # flags -> what the message must name
     "layout": (("--layout.dp", 3), ["3", "process"]),
     "no epochs": (("--epochs", 0), ["--epochs 0", "at least 1"]),
     "negative rate": (("--optim.lr", -1), ["--optim.lr -1"]),
-    "nothing to steer": (("--kl-coef", 0, "--kl-target", 6), ["--kl-target", "--kl-coef 0"]),
+    "nothing to steer": (("--kl-coef", 0, "--kl-target", 6), ["--kl-target", "--kl-target steers"]),
     "reward exits": (("--reward", "rewards.py:leaves"), ["rewards.py", "SystemExit", "sample"]),
     "reward overflows": (("--reward", "rewards.py:huge"), ["1e+39", "sample 2"]),
     "address": (("--reward", "http://[::1"), ["reward http://[::1", "no address"]),
