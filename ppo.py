@@ -122,8 +122,8 @@ class Args:
     """passes over a rollout (Schulman et al. 2017: 3 to 10; Stiennon et al. 2020: 4)"""
     minibatch_size: int = 32
     """sequences of an optimizer step, over all ranks"""
-    microbatch_size: int = 32
-    """sequences of a forward and backward, per rank; changes memory and speed only"""
+    microbatch_size: int = 16
+    """sequences of a forward and backward, per rank: memory and speed; the gradient is the same but for rounding"""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """gae learns a value function; rloo and grpo compare the samples of a prompt (--samples-per-prompt) instead"""
     gamma: float = 1.0
