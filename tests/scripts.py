@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,14 @@ def read_rows(folder, event="train"):
     """The rows of a run's metrics.jsonl of one kind."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["event"] == event]
+
+
+def assert_explained(rows):
+    """Every key of the rows stands in the README's table of metrics."""
+    readme = (ROOT / "README.md").read_text()
+    explained = set(re.findall(r"`(\w+)`", readme[readme.index("## Metrics") : readme.index("## Where this differs")]))
+    for key in {key for row in rows for key in row}:
+        assert re.sub(r"_scale_[^_]*", "_scale_100", key) in explained, key
 
 
 def without_times(rows):

@@ -21,7 +21,7 @@ from parallel.rows import Row
 from parallel.run import launch
 from tasks.random_walks import make_tokenizer
 from tests.ranks import run_ranks
-from tests.scripts import make_tiny_model, read_rows, run, without_times
+from tests.scripts import assert_explained, make_tiny_model, read_rows, run, without_times
 from tests.test_generation import CONFIG
 
 SHORT = ("--batch-size", 8, "--microbatch-size", 4, "--eval-samples", 20, "--advantage-scales", 0, 10)
@@ -337,6 +337,7 @@ def test_default_run_beats_cloning(tmp_path):
     status, out, err = run("ilql.py", "--eval-every", 200, "--advantage-scales", 0, 100, cwd=tmp_path)
     assert status == 0, err
     [before, after] = read_rows(tmp_path / "runs/ilql", "eval")
+    assert_explained([after, *read_rows(tmp_path / "runs/ilql")])
     assert before["eval_score_scale_100"] < 0.1
     assert after["eval_score_scale_100"] >= 0.95 and 0.3 <= after["eval_score_scale_0"] <= 0.4, after
     assert "runs/ilql/model" in out and (tmp_path / "runs/ilql/curves.png").exists()

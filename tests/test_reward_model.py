@@ -31,7 +31,7 @@ from tasks import baselines  # noqa: E402
 from tasks.random_walks import EOS, NODES, PAD, make_graph, make_tokenizer, measure  # noqa: E402
 from tasks.rewards import Sample, SampleContext, make_reward  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
-from tests.scripts import TINY_GPT2, make_tiny_model, read_rows, run, start  # noqa: E402
+from tests.scripts import TINY_GPT2, assert_explained, make_tiny_model, read_rows, run, start  # noqa: E402
 from tests.test_model import CASES  # noqa: E402
 from tests.test_scripts import assert_same_run, kill_when  # noqa: E402
 
@@ -489,6 +489,7 @@ def learnt(tmp_path_factory):
 def test_default_run_learns_the_walks(learnt):
     """Far better than by length; the bag of token pairs, which holds every edge, knows all about these walks."""
     before, *_, last = read_rows(learnt, "eval")
+    assert_explained([last, *read_rows(learnt)])
     assert abs(before["eval_accuracy"] - 0.5) < 0.12 and last["eval_accuracy"] >= 0.93
     assert last["eval_length_accuracy"] < 0.35 and last["eval_bag_accuracy"] > 0.98
     assert sum(row["count"] for row in last["eval_calibration"]) == 200
