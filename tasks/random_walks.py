@@ -51,6 +51,7 @@ POLICY = {
     "n_head": 12,
     "n_positions": 1024,
     "vocab_size": 23,
+    "bos_token_id": None,
     "eos_token_id": EOS,
     "pad_token_id": PAD,
     "attn_pdrop": 0.0,

@@ -24,6 +24,7 @@ TINY_GPT2 = {
     "n_head": 4,
     "n_positions": 64,
     "vocab_size": 23,
+    "bos_token_id": None,
     "eos_token_id": 21,
     "pad_token_id": 22,
     "activation_function": "gelu_new",
