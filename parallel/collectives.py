@@ -17,6 +17,8 @@ ROLL_CALL_SECONDS = 3.0  # after a failed collective: how long the other ranks m
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# Made once by all processes together; here and nowhere else, so that they can be ended before the process ends.
+groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 _traffic: Counter[tuple[str, str]] = Counter()  # bytes sent by this rank, by (axis name, operation)
 
 
@@ -31,11 +33,15 @@ class Axis:
     name: str
     size: int
     rank: int
-    group: dist.ProcessGroup | None = field(default=None, repr=False)  # None: all processes
+    ranks: tuple[int, ...] | None = field(default=None, repr=False)  # of all processes; None: all of them
     store: dist.Store | None = field(default=None, repr=False)  # where ranks answer the roll call
 
     def __deepcopy__(self, _):
         return self  # a copied module talks to the same ranks
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.ranks is None else groups[self.ranks]
 
 
 def traffic() -> dict[tuple[str, str], int]:

@@ -16,15 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_
+from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_, groups
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # a second, dense bfloat16, by part of the GPU's name
 # A rank that does not come to a collective for so long is lost. A dead one is seen at once by its closed connections;
 # one that lives may be busy with a slow reward or a large checkpoint.
 GROUP_TIMEOUT = timedelta(minutes=30)
-
-
-_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # by their ranks; made once, since that takes all processes
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,7 @@ class Mesh:
         """Ends the process group; waits for all ranks, since one that leaves early breaks those still at work."""
         if dist.is_initialized():
             self.barrier()
+            groups.clear()
             dist.destroy_process_group()
 
     def _reduce(self, x, axis: str, op: str):
@@ -184,13 +182,11 @@ def init_mesh(layout: Layout = Layout()) -> Mesh:
 
 def make_axis(name: str, rows: list[list[int]], rank: int, store) -> Axis:
     """The axis along the row of ranks that holds this one. Every rank calls it with all rows, in the same order."""
-    for ranks in rows:
-        key = tuple(ranks)
-        if len(ranks) > 1 and key not in _groups:
-            everyone = len(ranks) == dist.get_world_size()
-            _groups[key] = dist.group.WORLD if everyone else dist.new_group(ranks, timeout=GROUP_TIMEOUT)
-    mine = next(ranks for ranks in rows if rank in ranks)
-    return Axis(name, len(mine), mine.index(rank), _groups.get(tuple(mine)), store)
+    for ranks in map(tuple, rows):
+        if 1 < len(ranks) < dist.get_world_size() and ranks not in groups:
+            groups[ranks] = dist.new_group(ranks, timeout=GROUP_TIMEOUT)
+    mine = next(tuple(ranks) for ranks in rows if rank in ranks)
+    return Axis(name, len(mine), mine.index(rank), mine if mine in groups else None, store)
 
 
 def check_layout(layout: Layout, world_size: int) -> None:
