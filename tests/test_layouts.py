@@ -1,25 +1,31 @@
 """Every layout against one process: a step of each script, gradients compared in full; generation token by token."""
 
 import hashlib
+from collections import Counter
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ilql
 import ppo
 import reward_model
 import sft
+from kernels.linear_logprobs import linear_logprobs
+from parallel.checkpoint import load_decoder, save_decoder
+from parallel.collectives import Pending, _Conjugate, all_gather, reduce_from_tp, reduce_scatter, traffic
 from parallel.data import Example, pack_batch, pad_batch
 from parallel.data_parallel import data_parallel
 from parallel.families import config_from_hf
 from parallel.generation import Sampling, generate
 from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, ScalarHead
-from parallel.optim import clip_grad_norm
+from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
-from parallel.tensor import fill_local, full_tensor, padded_vocab_size, placements
+from parallel.tensor import Placement, fill_local, full_tensor, padded_vocab_size, placements
 from tests.ranks import run_ranks
 
 VOCAB = 131  # divides by nothing
@@ -131,8 +137,8 @@ def share(items, mesh):
     return list(items)[mesh.dp.rank * size : (mesh.dp.rank + 1) * size]
 
 
-def step(case, script, dtype, layout, size):
-    """Metrics, gradient norm and all gradients in full shapes, of one step with micro-batches of `size` sequences."""
+def half_step(case, script, dtype, layout, size):
+    """The model with its gradients, metrics and gradient norm, of a step with micro-batches of `size` sequences."""
     mesh, dtype = init_mesh(layout), getattr(torch, dtype)
     config = config_from_hf(CASES[case], "test")[0]
     roles, microbatches, loss_fn = MAKE[script](config, mesh, dtype, size)
@@ -141,11 +147,16 @@ def step(case, script, dtype, layout, size):
     model = data_parallel(roles, mesh, layout)
     model.zero_grad()
     metrics = forward_backward(model, list(microbatches), loss_fn)
-    norm = clip_grad_norm(model, 1.0, mesh)
+    return model, metrics, clip_grad_norm(model, 1.0, mesh)
+
+
+def step(*args):
+    """Metrics, gradient norm and all gradients in full shapes."""
+    model, metrics, norm = half_step(*args)
     gradients = {}
     for unit in model.units:
         for i, (name, placement) in enumerate(zip(unit.names, unit.placements, strict=True)):
-            gradients[unit.name, name] = full_tensor(unit.view(unit.flat_grad, i), placement, mesh.tp).clone()
+            gradients[unit.name, name] = full_tensor(unit.view(unit.flat_grad, i), placement, model.mesh.tp).clone()
     return metrics, norm, gradients
 
 
@@ -160,6 +171,23 @@ def worst_difference(actual, expected):
         for (unit, name), gradient in expected.items()
     }
     return max((x, name) for name, x in differences.items())
+
+
+NOTHING = Pending(None, None, "")
+SHARED, COUNTED = "parallel.tensor.Placement.shared_intervals", "parallel.data_parallel.Unit.counted_slices"
+
+
+def gather_and_sum(x, axis):
+    """The gather of sharded consumers, whose gradients are summed, where they are replicated."""
+    return _Conjugate.apply(x, lambda x: all_gather(x, axis), lambda grad: reduce_scatter(grad, axis))
+
+
+def from_the_first_shard(*args, vocab_start, **kwargs):
+    return linear_logprobs(*args, vocab_start=0, **kwargs)
+
+
+def biased_row(self, x, sharded_tokens=False):
+    return reduce_from_tp(self.product(x, self.bias), self.axis)
 
 
 def cover():
@@ -229,6 +257,142 @@ def test_truncated_sampling_equals_one_process():
     expected = sample("llama", "float32", Layout(), sampling)[0]
     for ids, _, _ in run_ranks(4, sample, "llama", "float32", Layout(tp=4), sampling):
         assert torch.equal(ids, expected)
+
+
+# --- bugs that are caught --------------------------------------------------------------------------------------------
+
+BUGS = {  # what is replaced by what; on a layout where it matters
+    "no sum behind a column": (4, "llama", False, "parallel.tensor.all_reduce_async_", lambda x, axis: NOTHING),
+    "no sum behind a row": (2, "gpt2", False, "parallel.tensor.reduce_from_tp", lambda x, axis: x),
+    "no sum before the head": (2, "gpt2", True, "parallel.tensor.copy_to_tp", lambda x, axis: x),
+    "partial gradients forgotten": (2, "gpt_neox", True, "parallel.data_parallel.sum_partial_gradients", lambda *_: 0),
+    "norms of heads taken as whole": (2, "qwen3", False, "parallel.model.Placement", lambda **_: Placement()),
+    "shared key/value heads forgotten": (4, "llama", True, SHARED, lambda self, size: []),
+    "norm counted on every rank": (2, "gpt2", True, COUNTED, lambda self, tp: [(0, len(self.flat))]),
+    "the whole gradient behind the gather": (2, "gpt2", True, "parallel.model.split_back", gather_and_sum),
+    "labels of the first shard": (2, "gpt2", False, "parallel.tensor.linear_logprobs", from_the_first_shard),
+    "bias of a row on every rank": (2, "gpt2", False, "parallel.tensor.RowParallelLinear.forward", biased_row),
+}
+
+
+def step_with_bug(bug, script):
+    ranks, case, sequence_parallel, target, replacement = BUGS[bug]
+    with mock.patch(target, replacement):
+        return step(case, script, "float64", Layout(tp=ranks, sequence_parallel=sequence_parallel), 4)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug):
+    ranks, case, *_ = BUGS[bug]
+    _, expected_norm, expected = step(case, "sft", "float64", Layout(), 8)
+    caught = 0.0
+    for _, norm, gradients in run_ranks(ranks, step_with_bug, bug, "sft"):
+        caught = max(caught, worst_difference(gradients, expected)[0], abs(norm / expected_norm - 1))
+    assert caught >= 1e-3
+
+
+# --- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def traffic_of_step(case, layout):
+    before = Counter(traffic())
+    half_step(case, "sft", "float32", layout, 8)
+    return {key: n - before[key] for key, n in traffic().items() if key[0] == "tp" and n > before[key]}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_traffic_is_its_closed_form(case, tp, sequence_parallel):
+    """Bytes of one micro-batch in float32, as a ring sends them: all-reduce 2 (tp - 1) / tp, the others half of it."""
+    layout = Layout(tp=tp, sequence_parallel=sequence_parallel)
+    config = config_from_hf(CASES[case], "test")[0]
+    _, [microbatch], _ = make_sft(config, init_mesh(), torch.float32, 8)
+    tokens = microbatch["input_ids"].numel()
+    tokens += -tokens % tp if sequence_parallel else 0
+    scored = int(microbatch["loss_mask"].sum())
+    hidden, layers = config.hidden_size, config.num_layers
+    activations, heads = tokens * hidden * 4, 4 * scored + scored * hidden  # the heads': 4 numbers and a state a token
+    vectors = (1 + 2 * layers) * (2 if config.norm == "layernorm" else 1) * hidden
+    vectors += layers * hidden * (config.attn_out_bias + config.ffn_bias)
+    vectors += config.max_seq_len * hidden * config.learned_positions
+    partial_sums = vectors if sequence_parallel else 0
+    partial_sums += layers * 2 * config.head_dim * config.qk_norm
+    if tp > config.num_kv_heads:  # keys and values, as if every rank had all heads
+        partial_sums += layers * 2 * config.num_kv_heads * config.head_dim * (hidden + config.qkv_bias)
+    norm_of_all = 8
+    expected = {("tp", "all_reduce"): 2 * (heads * 4 + partial_sums * 4 + norm_of_all)}
+    if sequence_parallel:
+        expected["tp", "all_gather"] = (6 * layers + 2) * activations
+        expected["tp", "reduce_scatter"] = (4 * layers + 1) * activations
+    else:
+        expected["tp", "all_reduce"] += 2 * (4 * layers + 1) * activations
+    expected = {key: n * (tp - 1) // tp for key, n in expected.items()}
+    for found in run_ranks(tp, traffic_of_step, case, layout):
+        assert found == expected
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def load_and_save(source, target, layout):
+    mesh = init_mesh(layout)
+    decoder = load_decoder(str(source), mesh, torch.float32)
+    save_decoder(decoder, target, mesh)
+    return decoder.num_parameters, matrix_entries(decoder)
+
+
+def matrix_entries(decoder):
+    return sum(p.numel() for p in decoder.layers.parameters() if p.dim() == 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_folders_are_read_and_written_in_parts(case, tmp_path):
+    """What four ranks write is what they read, and each held a quarter of the matrices."""
+    decoder = Decoder(config_from_hf(CASES[case], "test")[0], init_mesh())
+    decoder.hf_config = {**CASES[case], "architectures": ["x"]}
+    draw(decoder, init_mesh())
+    save_decoder(decoder, tmp_path / "one", init_mesh())
+    found = run_ranks(4, load_and_save, tmp_path / "one", tmp_path / "four", Layout(tp=4))
+    for num_parameters, held in found:
+        assert num_parameters == decoder.num_parameters and held < 0.3 * matrix_entries(decoder)
+    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
+    assert one.keys() == four.keys() and all(torch.equal(one[name], four[name]) for name in one)
+
+
+def train_a_little(case, layout, tensors, num_steps):
+    """State after some steps from `tensors` on (None: from the start), and the loss of each step."""
+    mesh = init_mesh(layout)
+    config = config_from_hf(CASES[case], "test")[0]
+    roles, microbatches, loss_fn = make_ilql(config, mesh, torch.float32, 4)
+    for module in roles.values():
+        draw(module, mesh)
+    model = data_parallel(roles, mesh, layout)
+    optimizer = AdamW(model, lr=1e-3, weight_decay=0.1)
+    if tensors is not None:
+        model.load_state_dict(tensors)
+        optimizer.load_state_dict(tensors)
+    microbatches, losses = list(microbatches), []
+    for _ in range(num_steps):
+        model.zero_grad()
+        losses.append(forward_backward(model, microbatches, loss_fn)["loss"])
+        clip_grad_norm(model, 1.0, mesh)
+        optimizer.step()
+    return {name: x.clone() for name, x in {**model.state_dict(), **optimizer.state_dict()}.items()}, losses
+
+
+@pytest.mark.parametrize("case", ["gpt2", "qwen3"])
+def test_state_goes_on_under_another_layout(case):
+    """Three steps on one process, the next twenty on it and, from its state, on others, and back."""
+    layouts = {2: Layout(tp=2), 4: Layout(tp=4, sequence_parallel=False)}
+    start, _ = train_a_little(case, Layout(), None, 3)
+    _, expected = train_a_little(case, Layout(), start, 20)
+    for ranks, layout in layouts.items():
+        for _, losses in run_ranks(ranks, train_a_little, case, layout, start, 20):
+            assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        state, _ = run_ranks(ranks, train_a_little, case, layout, None, 3)[0]
+        assert state.keys() == start.keys()
+        assert train_a_little(case, Layout(), state, 20)[1] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_vocabulary_is_padded_for_every_shard():
