@@ -1,6 +1,7 @@
 """Every layout against one process: a step of each script, gradients compared in full; generation token by token."""
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -27,6 +28,7 @@ from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
 from parallel.tensor import Placement, fill_local, full_tensor, padded_vocab_size, placements
 from tests.ranks import run_ranks
+from tests.scripts import make_tiny_model, read_rows, run
 
 VOCAB = 131  # divides by nothing
 SIZES = dict(vocab_size=VOCAB, num_hidden_layers=2, hidden_size=48, num_attention_heads=8, max_position_embeddings=64)
@@ -405,3 +407,54 @@ def test_a_model_that_does_not_divide_is_refused():
         config.shard(3)
     with pytest.raises(ValueError, match="does not divide"):
         replace(config, ffn_size=50).shard(4)
+
+
+# --- the scripts -----------------------------------------------------------------------------------------------------
+
+SHORT = {
+    "ppo": ("--batch-size", 16, "--minibatch-size", 8, "--microbatch-size", 2, "--eval-samples", 20, "--kl-coef", 0.1),
+    "sft": ("--batch-size", 8, "--max-steps", 4),
+    "reward_model": ("--batch-size", 8, "--max-steps", 4),
+    "ilql": ("--batch-size", 8, "--max-steps", 4, "--eval-samples", 20, "--advantage-scales", 0, 2),
+}
+COUNTED_REWARD = """
+import os
+
+def reward(samples):
+    with open("calls.txt", "a") as file:
+        file.write(f"{os.environ.get('RANK', 0)} {len(samples)}\\n")
+    return [sum(letter < "k" for letter in s.response) / max(len(s.response), 1) for s in samples]
+"""
+VARYING = re.compile("seconds|tokens_per_second|rollout_mismatch|log_ratio")
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_scripts_run_alike_under_another_layout(script, tmp_path):
+    """Rows of metrics and the trained model of one process, of two ranks and of two times two."""
+    model = make_tiny_model(tmp_path / "tiny")
+    (tmp_path / "mine.py").write_text(COUNTED_REWARD)
+    flags = ["--model", model, *SHORT[script]]
+    flags += ["--reward", "mine.py:reward"] if script in ("ppo", "ilql") else []
+    flags += ["--max-iterations", 2, "--eval-every", 2] if script == "ppo" else ["--eval-every", 4]
+    layouts = {"one": (1, ()), "tp": (2, ("--layout.tp", 2)), "both": (4, ("--layout.tp", 2))}
+    runs = {}
+    for name, (ranks, layout) in layouts.items() if script == "ppo" else list(layouts.items())[:2]:
+        status, out, err = run(f"{script}.py", *flags, *layout, "--output-dir", name, cwd=tmp_path, ranks=ranks)
+        assert status == 0, err
+        runs[name] = read_rows(tmp_path / name) + read_rows(tmp_path / name, "eval")
+        runs[name].append(load_file(tmp_path / name / "model/model.safetensors"))
+        if script == "ppo":
+            calls = [tuple(map(int, line.split())) for line in (tmp_path / "calls.txt").read_text().splitlines()]
+            (tmp_path / "calls.txt").unlink()
+            assert {rank for rank, _ in calls} == {"one": {0}, "tp": {0}, "both": {0, 2}}[name]
+            assert sum(number for _, number in calls) == 2 * (20 + 20) + 2 * 16
+    *expected_rows, expected_weights = runs.pop("one")
+    for *rows, weights in runs.values():
+        for row, expected in zip(rows, expected_rows, strict=True):
+            for key, value in expected.items():
+                if isinstance(value, float) and not VARYING.search(key):
+                    assert row[key] == pytest.approx(value, rel=2e-5, abs=2e-6), key
+                elif key == "rollout_hash":
+                    assert row[key] == value
+        for name, weight in expected_weights.items():
+            assert (weights[name] - weight).abs().max() <= 1e-4, name
