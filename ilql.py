@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.checkpoint import eos_ids, holds_heads, load_decoder, load_heads, save_decoder, save_training_state
+from parallel.collectives import Axis
 from parallel.data import (
     check_vocabulary,
     is_message,
@@ -56,12 +57,19 @@ from parallel.data import (
 )
 from parallel.data_parallel import data_parallel
 from parallel.generation import EVALUATION, Sampling, generate, lm_logits, stop_at
-from parallel.mesh import Layout, init_mesh
+from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
-from parallel.tensor import hidden_before, vocab_parallel_logits, vocab_parallel_logprobs
+from parallel.tensor import (
+    hidden_before,
+    padded_vocab_size,
+    place_vocab,
+    vocab_parallel_logits,
+    vocab_parallel_logprobs,
+    vocab_parallel_target,
+)
 from tasks.rewards import SampleContext, make_reward, make_samples, score_together
 
 MAX_AWAC_WEIGHT = 20.0  # w_max of eq. 5
@@ -261,21 +269,25 @@ def make_microbatches(dialogues: list[Dialogue], args, device):
 class MLPHead(nn.Module):
     """Two layers on the hidden state: numbers per token of the vocabulary (Q), or one (V).
 
-    Shapes: hidden [n, hidden_size] -> features [n, 2 * hidden_size] -> [n, num_outputs]
+    Args: vocab_size: None for V. The vocabulary is divided over tp, as that of the LM head.
+    Shapes: hidden [n, hidden_size] -> features [n, 2 * hidden_size] -> [n, padded_vocab / tp] or [n, 1]
     """
 
-    def __init__(self, hidden_size: int, num_outputs: int, dtype: torch.dtype, device, seed: int):
+    def __init__(self, hidden_size: int, vocab_size: int | None, dtype: torch.dtype, mesh: Mesh, seed: int):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
+        num_rows = 1 if vocab_size is None else padded_vocab_size(vocab_size, 1)  # those drawn
 
         def uniform(fan_in, *shape):  # as torch initialises a linear layer
             x = (2 * torch.rand(*shape, generator=generator) - 1) / math.sqrt(fan_in)
-            return nn.Parameter(x.to(device, dtype))
+            return nn.Parameter(x.to(mesh.device, dtype))
 
         self.inner_weight = uniform(hidden_size, 2 * hidden_size, hidden_size)
         self.inner_bias = uniform(hidden_size, 2 * hidden_size)
-        self.weight = uniform(2 * hidden_size, num_outputs, 2 * hidden_size)
-        self.bias = uniform(2 * hidden_size, num_outputs)
+        self.weight = uniform(2 * hidden_size, num_rows, 2 * hidden_size)
+        self.bias = uniform(2 * hidden_size, num_rows)
+        if vocab_size is not None:
+            place_vocab(self, ("weight", "bias"), vocab_size, mesh.tp)
 
     def features(self, hidden: Tensor) -> Tensor:
         return F.relu(F.linear(hidden.to(self.weight.dtype), self.inner_weight, self.inner_bias))
@@ -284,14 +296,14 @@ class MLPHead(nn.Module):
         return F.linear(self.features(hidden), self.weight, self.bias)
 
 
-def make_heads(config, args, dtype, device) -> dict[str, nn.Module]:
+def make_heads(config, args, dtype, mesh) -> dict[str, nn.Module]:
     """Q heads, a value head, and the targets, which start as the Q heads; those two in at least float32."""
     wide = torch.promote_types(dtype, torch.float32)
     seeds = [args.seed * 4 + i for i in range(args.num_q_heads + 1)]
-    q_heads = nn.ModuleList(MLPHead(config.hidden_size, config.padded_vocab_size, dtype, device, s) for s in seeds[1:])
+    q_heads = nn.ModuleList(MLPHead(config.hidden_size, config.vocab_size, dtype, mesh, s) for s in seeds[1:])
     return {
         "q_heads": q_heads,
-        "value_head": MLPHead(config.hidden_size, 1, wide, device, seeds[0]),
+        "value_head": MLPHead(config.hidden_size, None, wide, mesh, seeds[0]),
         "target_q_heads": copy.deepcopy(q_heads).to(wide).requires_grad_(False),
     }
 
@@ -304,11 +316,11 @@ def sync_targets(q_heads: nn.Module, target_q_heads: nn.Module, rate: float) -> 
 
 
 @torch.no_grad()
-def min_target_q(target_q_heads: nn.Module, states: Tensor, token_ids: Tensor) -> Tensor:
+def min_target_q(target_q_heads: nn.Module, states: Tensor, token_ids: Tensor, tp: Axis) -> Tensor:
     """min_i Q'_i of each action: a row of each head's weight per token. [n, hidden_size], [n] -> [n]"""
     values = []
     for head in target_q_heads:
-        values.append(torch.linalg.vecdot(head.features(states), head.weight[token_ids]) + head.bias[token_ids])
+        values.append(vocab_parallel_target(head.features(states), head.weight, head.bias, token_ids, tp))
     return torch.stack(values).amin(0)
 
 
@@ -324,7 +336,8 @@ def ilql_loss(microbatch, roles, target_q_heads, args, num_actions):
     hidden = roles["policy"](microbatch["input_ids"], microbatch["position_ids"], microbatch["first_key"])
     states = hidden_before(hidden, mask)  # [actions, hidden_size]
     state_values = roles["value_head"](states).squeeze(-1)  # [actions]
-    target_q = min_target_q(target_q_heads, states.detach(), token_ids)
+    tp = roles["policy"].mesh.tp
+    target_q = min_target_q(target_q_heads, states.detach(), token_ids, tp)
 
     # an action's next state is that of the action behind it in the dialogue
     next_values = torch.where(terminal, 0.0, state_values.detach().roll(-1))
@@ -334,7 +347,7 @@ def ilql_loss(microbatch, roles, target_q_heads, args, num_actions):
     q_loss = cql_loss = 0.0
     for head in roles["q_heads"]:
         features = head.features(states)
-        action_q, q_logprobs, _ = vocab_parallel_logits(features, head.weight, head.bias, token_ids, vocab_size)
+        action_q, q_logprobs, _ = vocab_parallel_logits(features, head.weight, head.bias, token_ids, vocab_size, tp)
         q_loss = q_loss + (action_q - y).square().sum() / num_actions
         cql_loss = cql_loss - q_logprobs.sum() / num_actions
     advantages = target_q - state_values
@@ -363,7 +376,7 @@ def ilql_loss(microbatch, roles, target_q_heads, args, num_actions):
 
 
 def guided_logits(hidden: Tensor, policy, target_q_heads, advantage_scale: float) -> Tensor:
-    """Logits of eq. 8: [n, hidden_size] -> [n, padded_vocab], -inf where an id does not exist."""
+    """Logits of eq. 8: [n, hidden_size] -> [n, padded_vocab / tp], -inf where an id does not exist."""
     q_values = torch.stack([head(hidden) for head in target_q_heads]).amin(0)
     return lm_logits(policy, hidden) + advantage_scale * q_values
 
@@ -397,7 +410,7 @@ def evaluate(policy, target_q_heads, prompts, reward, args, mesh, tokenizer, eos
         lens = (generation.seq_lens - generation.prompt_lens).tolist()
         results = zip(sample_ids, samples, scores, lens, strict=True)
         rows = [(i, s.prompt, s.response, score, s.finished, n) for i, s, score, n in results]
-        rows = sorted(row for part in mesh.gather_objects(rows) for row in part)
+        rows = sorted(row for part in mesh.gather_objects(rows, "dp") for row in part)
         if reward:
             scores = torch.tensor([row[3] for row in rows], dtype=torch.float64)
             metrics[f"eval_score_scale_{scale:g}"] = scores.mean().item()
@@ -453,9 +466,9 @@ def main(args: Args) -> None:
     policy = load_decoder(folder, mesh, dtype)
     check_vocabulary(tokenizer, policy.config)
     eos = eos_ids(folder, tokenizer)
-    heads = make_heads(policy.config, args, dtype, mesh.device)
+    heads = make_heads(policy.config, args, dtype, mesh)
     if holds_heads(folder, "q_heads"):
-        load_heads(folder, heads)
+        load_heads(folder, heads, mesh)
     target_q_heads = heads["target_q_heads"]
     roles = {"policy": policy, "q_heads": heads["q_heads"], "value_head": heads["value_head"]}
     model = data_parallel(roles, mesh, args.layout)
@@ -490,7 +503,7 @@ def main(args: Args) -> None:
                 f"{policy.num_parameters:,} in the policy, "
                 f"{sum(p.numel() for head in heads.values() for p in head.parameters()):,} in the heads, {args.dtype}",
             ),
-            ("layout", f"data parallel {mesh.dp.size} (processes: {mesh.world_size}), on {mesh.device}"),
+            ("layout", mesh.describe()),
             (
                 "batch",
                 f"{args.batch_size} dialogues a step = {mesh.dp.size} ranks x "

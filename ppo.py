@@ -419,7 +419,7 @@ def evaluate(policy, prompts, reward, args, mesh, tokenizer, eos):
         lens = (generation.seq_lens - generation.prompt_lens).tolist()
         results = zip(sample_ids, samples, scores, lens, strict=True)
         rows = [(i, s.prompt, s.response, score, s.finished, n) for i, s, score, n in results]
-        rows = sorted(row for part in mesh.gather_objects(rows) for row in part)
+        rows = sorted(row for part in mesh.gather_objects(rows, "dp") for row in part)
         scores = torch.tensor([row[3] for row in rows], dtype=torch.float64)
         metrics[f"eval_score_{kind}"] = scores.mean().item()
         if kind == "sampled":
@@ -613,7 +613,7 @@ def main(args: Args) -> None:
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,} in the policy, {args.dtype}"),
-            ("layout", f"data parallel {mesh.dp.size} (processes: {mesh.world_size}), on {mesh.device}"),
+            ("layout", mesh.describe()),
             *describe_batch(args, mesh.dp.size),
             ("data", f"{len(prompts)} prompts, {len(eval_prompts)} for evaluation; reward {args.reward}"),
         ]

@@ -347,7 +347,7 @@ def main(args: Args) -> None:
         [
             ("model", f"{args.model}, {reward_model.config.num_layers} layers, {reward_model.config.hidden_size} wide"),
             ("parameters", f"{reward_model.num_parameters:,} without LM head, {args.dtype}"),
-            ("layout", f"data parallel {mesh.dp.size} (processes: {mesh.world_size}), on {mesh.device}"),
+            ("layout", mesh.describe()),
             (
                 "batch",
                 f"{args.batch_size} pairs a step = {mesh.dp.size} ranks x "

@@ -169,7 +169,7 @@ def main(args: Args) -> None:
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,}, {args.dtype}"),
-            ("layout", f"data parallel {mesh.dp.size} (processes: {mesh.world_size}), on {mesh.device}"),
+            ("layout", mesh.describe()),
             (
                 "batch",
                 f"{args.batch_size} demonstrations a step = {mesh.dp.size} ranks x "

@@ -35,12 +35,14 @@ class LinearLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, token_ids, bias, temperature, vocab_start, num_valid):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         largest, sum_exp, target, weighted = torch.zeros(4, len(hidden), dtype=dtype, device=hidden.device)
-        chunk = max(1, CHUNK_ELEMENTS // num_valid)
+        if num_valid == 0:  # nothing but padding here
+            largest.fill_(torch.finfo(dtype).min)
+        chunk = max(1, CHUNK_ELEMENTS // max(num_valid, 1))
         ctx.kept = None
         if 0 < len(hidden) <= chunk:
             ctx.kept = torch.empty(len(hidden), num_valid, dtype=dtype, device=hidden.device)
-        block = min(chunk, max(BLOCK_ROWS, BLOCK_ELEMENTS // num_valid))
-        for i in range(0, len(hidden), block):
+        block = min(chunk, max(BLOCK_ROWS, BLOCK_ELEMENTS // max(num_valid, 1)))
+        for i in range(0, len(hidden) if num_valid else 0, block):
             rows = slice(i, i + block)
             logits = chunk_logits(hidden[rows], weight, bias, temperature, num_valid)
             local_ids = token_ids[rows] - vocab_start  # [chunk], outside [0, num_valid) when another shard holds it
@@ -63,10 +65,10 @@ class LinearLogprobs(torch.autograd.Function):
         hidden, weight, token_ids, bias, largest = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # becomes the gradient; a second backward would compute it again
         temperature, vocab_start, num_valid, chunk = ctx.settings
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=largest.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=largest.dtype) if ctx.needs_input_grad[3] else None
-        for i in range(0, len(hidden), chunk):
+        for i in range(0, len(hidden) if num_valid else 0, chunk):
             rows = slice(i, i + chunk)
             exp = kept
             if exp is None:
@@ -103,10 +105,10 @@ def linear_logprobs(hidden, weight, token_ids, bias=None, temperature=1.0, vocab
     """What one vocabulary shard knows of each token's log-probability and entropy, differentiable.
 
     Args: vocab_start: first token id of this shard. vocab_size: ids of the whole vocabulary; rows of the shard beyond
-        it are padding and take no part (default: no padding).
+        it are padding and take no part (default: no padding). A shard of padding alone has the smallest number as max.
     Shapes: hidden [tokens, hidden_size], weight [vocab / tp, hidden_size], bias [vocab / tp], token_ids [tokens]
     Returns: (max, sum of exp, target logit, weighted sum), each [tokens], in float32 or float64; the target logit is 0
         where another shard holds the token; no gradient flows through max.
     """
-    num_valid = weight.shape[0] if vocab_size is None else min(weight.shape[0], vocab_size - vocab_start)
+    num_valid = weight.shape[0] if vocab_size is None else max(0, min(len(weight), vocab_size - vocab_start))
     return LinearLogprobs.apply(hidden, weight, token_ids, bias, temperature, vocab_start, num_valid)

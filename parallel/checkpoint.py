@@ -21,6 +21,7 @@ from parallel.families import config_from_hf, pieces
 from parallel.files import hash_file, hash_meta, on_logger, read_json, restore_replaced, write_folder, write_json
 from parallel.mesh import Mesh
 from parallel.model import Decoder
+from parallel.tensor import fill_local, full_tensor, placements
 
 FILE_BYTES = 5 << 30  # of one file of exported weights
 STATE, META = "state.safetensors", "meta.json"  # the files of a checkpoint
@@ -135,56 +136,62 @@ class WeightFiles:
 
 
 def read_parameter(files: WeightFiles, name: str, parameter: Tensor, decoder: Decoder) -> None:
-    """Fills a local tensor from its pieces; padded vocabulary rows become 0."""
-    num_rows = unpadded_rows(name, parameter, decoder)
-    parts = pieces(name, num_rows, decoder.config, decoder.hf_config["model_type"])
-    parameter[num_rows:] = 0
+    """Fills this rank's part of a tensor from the boxes of it that the files hold; padded vocabulary rows become 0."""
+    placement = decoder.placements[name]
+    full_shape = placement.full_shape(parameter.shape)
+    parts = pieces(name, full_shape[0], decoder.config, decoder.hf_config["model_type"])
+    boxes = placement.boxes(parameter.shape, decoder.mesh.tp)
+    if placement.vocab_size is not None:
+        parameter.zero_()
     for hf_name in dict.fromkeys(piece.hf_name for piece in parts):
         of_name = [piece for piece in parts if piece.hf_name == hf_name]
         stored = files.find(hf_name)
-        expected = [sum(piece.size for piece in of_name), *parameter.shape[1:]]
+        expected = [sum(piece.size for piece in of_name), *full_shape[1:]]
         expected = expected[::-1] if of_name[0].transposed else expected
         if stored.get_shape() != expected:
             raise ValueError(
                 f"{files.folder}: {hf_name} is {stored.get_shape()}, where config.json calls for {expected}"
             )
         for piece in of_name:
-            rows = slice(piece.hf_start, piece.hf_start + piece.size)
-            source = stored[:, rows].t() if piece.transposed else stored[rows]
-            if not all(bound.isfinite() for bound in source.aminmax()):  # isfinite on it all would copy it
-                raise ValueError(f"{files.folder}: {hf_name} holds a NaN or an infinite weight")
-            parameter[piece.start : piece.start + piece.size].copy_(source)
+            for here, there in boxes:
+                start = max(piece.start, there[0].start)  # rows of the full tensor that piece and box share
+                stop = min(piece.start + piece.size, there[0].stop)
+                if start >= stop:
+                    continue
+                rows = slice(start - piece.start + piece.hf_start, stop - piece.start + piece.hf_start)
+                source = stored[there[1], rows].t() if piece.transposed else stored[(rows, *there[1:])]
+                if not all(bound.isfinite() for bound in source.aminmax()):  # isfinite on it all would copy it
+                    raise ValueError(f"{files.folder}: {hf_name} holds a NaN or an infinite weight")
+                shift = here[0].start - there[0].start
+                parameter[(slice(start + shift, stop + shift), *here[1:])].copy_(source)
 
 
 def check_tied_head(files: WeightFiles, decoder: Decoder) -> None:
     """Raises ValueError if the files hold an LM head of its own where config.json ties it to the embedding."""
-    embedding = decoder.embedding.weight[: decoder.config.vocab_size]
+    embedding = decoder.embedding.weight
+    [(here, there)] = decoder.placements["embedding.weight"].boxes(embedding.shape, decoder.mesh.tp) or [(0, 0)]
     for name in set(HEADS) & set(files.names()):
-        if not torch.equal(files.find(name)[:].to(embedding), embedding):
+        if not torch.equal(files.find(name)[there].to(embedding), embedding[here]):
             raise ValueError(
                 f"{files.folder}: {name} differs from the embedding, which config.json ties it to: set "
                 "tie_word_embeddings to false there if the model was trained with a head of its own"
             )
 
 
-def unpadded_rows(name: str, parameter: Tensor, decoder: Decoder) -> int:
-    """Rows of a local tensor that exist in the files: vocabulary rows are padded here only."""
-    is_vocab = name.split(".")[0] in ("embedding", "lm_head")
-    return decoder.config.vocab_size if is_vocab else parameter.shape[0]
-
-
 def hf_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """The decoder's weights under their Hugging Face names and in their shapes, one tensor in memory at a time."""
+    """The decoder's weights under their Hugging Face names and in their shapes, one tensor in memory at a time.
+
+    Communication: one all-gather over tp per tensor sharded there.
+    """
     for name, parameter in decoder.named_parameters():
-        num_rows = unpadded_rows(name, parameter, decoder)
-        parts = pieces(name, num_rows, decoder.config, decoder.hf_config["model_type"])
+        full = full_tensor(parameter.detach(), decoder.placements[name], decoder.mesh.tp)
+        parts = pieces(name, len(full), decoder.config, decoder.hf_config["model_type"])
         for hf_name in dict.fromkeys(piece.hf_name for piece in parts):
             of_name = [piece for piece in parts if piece.hf_name == hf_name]
             size = sum(piece.size for piece in of_name)
-            whole = torch.empty(size, *parameter.shape[1:], dtype=parameter.dtype)
+            whole = torch.empty(size, *full.shape[1:], dtype=full.dtype)
             for piece in of_name:
-                local = parameter.detach()[piece.start : piece.start + piece.size]
-                whole[piece.hf_start : piece.hf_start + piece.size] = local
+                whole[piece.hf_start : piece.hf_start + piece.size] = full[piece.start : piece.start + piece.size]
             yield hf_name, whole.t().contiguous() if of_name[0].transposed else whole
 
 
@@ -194,15 +201,17 @@ def save_decoder(
     """Writes a folder that plain AutoModelForCausalLM and AutoTokenizer open, replacing one that is there.
 
     Args: heads: role -> head, written beside the model as heads.safetensors and heads.json.
-    Communication: one barrier.
+    Communication: that of `hf_tensors` and `full_tensor`, and one barrier; rank 0 writes.
     """
+    head_tensors = full_heads(heads or {}, mesh)
+    tensors = hf_tensors(decoder)
 
     def write(temporary: Path) -> None:
-        write_model(temporary, decoder, decoder.hf_config, hf_tensors(decoder), tokenizer)
+        write_model(temporary, decoder, decoder.hf_config, tensors, tokenizer)
         if heads:
-            write_heads(temporary, heads)
+            write_heads(temporary, heads, head_tensors)
 
-    write_folder(Path(folder), write, mesh)
+    write_folder(Path(folder), write, mesh, tensors)
 
 
 def write_model(
@@ -238,13 +247,22 @@ def write_model(
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_heads(folder: Path, heads: dict[str, nn.Module]) -> None:
-    """heads.safetensors (<role>.<name>) and heads.json (role -> kind and shapes)."""
-    named = {f"{role}.{name}": p for role, head in heads.items() for name, p in head.named_parameters()}
-    save_file({name: p.detach().clone() for name, p in named.items()}, folder / "heads.safetensors", {"format": "pt"})
+def full_heads(heads: dict[str, nn.Module], mesh: Mesh) -> dict[str, dict[str, Tensor]]:
+    """Role -> name -> full tensor. Communication: one all-gather over tp per tensor sharded there."""
+    found = {}
+    for role, head in heads.items():
+        placed = placements(head)
+        found[role] = {name: full_tensor(p.detach(), placed[name], mesh.tp) for name, p in head.named_parameters()}
+    return found
+
+
+def write_heads(folder: Path, heads: dict[str, nn.Module], tensors: dict[str, dict[str, Tensor]]) -> None:
+    """heads.safetensors (<role>.<name>) and heads.json (role -> kind and shapes) of what `full_heads` gives."""
+    named = {f"{role}.{name}": x for role, of_head in tensors.items() for name, x in of_head.items()}
+    save_file({name: x.clone() for name, x in named.items()}, folder / "heads.safetensors", {"format": "pt"})
     described = {
-        role: {"kind": type(head).__name__, "shapes": {n: list(p.shape) for n, p in head.named_parameters()}}
-        for role, head in heads.items()
+        role: {"kind": type(heads[role]).__name__, "shapes": {name: list(x.shape) for name, x in of_head.items()}}
+        for role, of_head in tensors.items()
     }
     write_json(folder / "heads.json", described)
 
@@ -256,19 +274,20 @@ def holds_heads(folder: Path | str, role: str) -> bool:
 
 
 @torch.no_grad()
-def load_heads(folder: Path | str, heads: dict[str, nn.Module]) -> None:
+def load_heads(folder: Path | str, heads: dict[str, nn.Module], mesh: Mesh) -> None:
     """Fills heads from a folder of `save_decoder`. Raises: FileNotFoundError, or ValueError naming the tensor."""
     path = Path(folder) / "heads.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no heads.safetensors")
     tensors = load_file(path)
     for role, head in heads.items():
+        placed = placements(head)
         for name, parameter in head.named_parameters():
-            stored = tensors.get(f"{role}.{name}")
-            if stored is None or stored.shape != parameter.shape:
+            stored, shape = tensors.get(f"{role}.{name}"), placed[name].full_shape(parameter.shape)
+            if stored is None or list(stored.shape) != shape:
                 found = "missing" if stored is None else list(stored.shape)
-                raise ValueError(f"{path}: {role}.{name} is {found}, needed as {list(parameter.shape)}")
-            parameter.copy_(stored)
+                raise ValueError(f"{path}: {role}.{name} is {found}, needed as {shape}")
+            fill_local(parameter, stored, placed[name], mesh.tp)
 
 
 def eos_ids(path_or_id: str, tokenizer) -> list[int]:

@@ -16,6 +16,9 @@ from torch import Tensor
 ROLL_CALL_SECONDS = 3.0  # after a failed collective: how long the other ranks may take to say that they are alive
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# Made once by all processes together; here and nowhere else, so that they can be ended before the process ends.
+groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 _traffic: Counter[tuple[str, str]] = Counter()  # bytes sent by this rank, by (axis name, operation)
 
 
@@ -30,8 +33,15 @@ class Axis:
     name: str
     size: int
     rank: int
-    group: dist.ProcessGroup | None = field(default=None, repr=False)  # None: all processes
+    ranks: tuple[int, ...] | None = field(default=None, repr=False)  # of all processes; None: all of them
     store: dist.Store | None = field(default=None, repr=False)  # where ranks answer the roll call
+
+    def __deepcopy__(self, _):
+        return self  # a copied module talks to the same ranks
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.ranks is None else groups[self.ranks]
 
 
 def traffic() -> dict[tuple[str, str], int]:
@@ -66,6 +76,25 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     return full
 
 
+def reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """This rank's piece of the sum over the axis: [size * n, ...] -> [n, ...]."""
+    piece, pending = reduce_scatter_async(x, axis)
+    pending.wait()
+    return piece
+
+
+def reduce_scatter_async(x: Tensor, axis: Axis) -> tuple[Tensor, "Pending"]:
+    """Starts `reduce_scatter`; neither x nor the result is touched until `wait` returns."""
+    if axis.size == 1:
+        return x.clone(), Pending(None, axis, "reduce_scatter")
+    x = x.contiguous()
+    piece = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    _count(axis, "reduce_scatter", x.nbytes)
+    with name_lost_ranks(axis, "reduce_scatter"):
+        work = _reduce_scatter(piece, x, group=axis.group, async_op=True)
+    return piece, Pending(work, axis, "reduce_scatter")
+
+
 def broadcast_(x: Tensor, axis: Axis) -> None:
     """Replaces x by that of the axis's first rank."""
     if axis.size > 1:
@@ -87,6 +116,56 @@ class Pending:
         if self.work is not None:
             with name_lost_ranks(self.axis, self.op):
                 self.work.wait()
+
+
+class _Conjugate(torch.autograd.Function):
+    """One function forward, its conjugate backward."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.conjugate = backward
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.conjugate(grad), None, None
+
+
+def _sum_over(axis: Axis):
+    def total(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        all_reduce_(x, axis)
+        return x
+
+    return total
+
+
+# Conjugate pairs of tensor parallelism (Shoeybi et al. 2019, arXiv 1909.08053; Korthikanti et al. 2022, 2205.05198).
+# A tensor is either replicated over the axis, or sharded, or partial (its sum over the axis is meant).
+
+
+def copy_to_tp(x: Tensor, axis: Axis) -> Tensor:
+    """Replicated in, for sharded consumers: forward identity, backward sum of their gradients."""
+    return x if axis.size == 1 else _Conjugate.apply(x, lambda x: x.view_as(x), _sum_over(axis))
+
+
+def reduce_from_tp(x: Tensor, axis: Axis) -> Tensor:
+    """Partial in, replicated out: forward sum, backward identity."""
+    return x if axis.size == 1 else _Conjugate.apply(x, _sum_over(axis), lambda grad: grad)
+
+
+def scatter_to_sp(x: Tensor, axis: Axis) -> Tensor:
+    """Partial in, sharded by tokens out: forward reduce-scatter, backward all-gather."""
+    if axis.size == 1:
+        return x
+    return _Conjugate.apply(x, lambda x: reduce_scatter(x, axis), lambda grad: all_gather(grad, axis))
+
+
+def split_back(x: Tensor, axis: Axis) -> Tensor:
+    """Sharded by tokens in, replicated out for replicated consumers: forward all-gather, backward this rank's piece."""
+    if axis.size == 1:
+        return x
+    return _Conjugate.apply(x, lambda x: all_gather(x, axis), lambda grad: grad.chunk(axis.size)[axis.rank])
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import Pending, RankError, all_gather, all_reduce_, all_reduce_async_
+from parallel.collectives import Axis, Pending, RankError, all_gather, all_reduce_, all_reduce_async_
 from parallel.mesh import Layout, Mesh
+from parallel.tensor import Placement, fill_local, full_tensor, placements
 
 ALIGNMENT = 64  # entries; every parameter begins at a multiple, as fast matrix products on any device want it
 HASH_BLOCK = 1 << 20  # entries
@@ -29,12 +30,13 @@ class Unit:
     Matrices lie before vectors, so that weight decay, which is for matrices, is one slice: flat[:num_decayed].
     """
 
-    def __init__(self, name: str, parameters: dict[str, nn.Parameter]):
+    def __init__(self, name: str, parameters: dict[str, nn.Parameter], placed: dict[str, Placement]):
         ordered = sorted(parameters.items(), key=lambda item: item[1].dim() < 2)  # stable
         self.name = name
         self.names = [name for name, _ in ordered]
         self.parameters = [parameter for _, parameter in ordered]
         self.shapes = [parameter.shape for parameter in self.parameters]
+        self.placements = [placed[name] for name in self.names]
         self.offsets = []
         size = self.num_decayed = 0
         for parameter in self.parameters:
@@ -67,6 +69,24 @@ class Unit:
     def view(self, flat: Tensor, i: int) -> Tensor:
         """The part of a tensor laid out like `flat` that belongs to the i-th parameter, in its shape."""
         return flat[self.offsets[i] : self.offsets[i] + self.shapes[i].numel()].view(self.shapes[i])
+
+    def counted_slices(self, tp: Axis) -> list[tuple[int, int]]:
+        """Parts of flat_grad that count in the norm of all gradients: what several ranks of tp hold counts on one."""
+        if tp.size == 1:
+            return [(0, len(self.flat))]
+        found = []
+        for offset, shape, placement in zip(self.offsets, self.shapes, self.placements, strict=True):
+            if placement.dim is None:
+                found += [(offset, offset + shape.numel())] * (tp.rank == 0)
+                continue
+            row, start = shape[1:].numel(), 0
+            for here, length, count in placement.shared_intervals(tp.size):
+                found.append((offset + start * row, offset + here * row))
+                start = here + length
+                if tp.rank % (tp.size // count) == 0:  # the first of those that hold this head
+                    found.append((offset + here * row, offset + start * row))
+            found.append((offset + start * row, offset + shape.numel()))
+        return found
 
 
 class DataParallel:
@@ -102,8 +122,17 @@ class DataParallel:
             yield from zip(unit.names, unit.parameters, strict=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trainable parameters by full name, as views; what is frozen comes from where it was loaded."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        """Trainable parameters by full name, in full shapes without padding; the frozen come from where they were.
+
+        Communication: one all-gather over tp per parameter sharded there; without tp they are views.
+        """
+        return {name: full_tensor(p, placement, self.mesh.tp) for name, p, placement in self._trainable()}
+
+    def _trainable(self) -> Iterator[tuple[str, Tensor, Placement]]:
+        for unit in self.units:
+            if unit.trainable:
+                for name, parameter, placement in zip(unit.names, unit.parameters, unit.placements, strict=True):
+                    yield name, parameter.detach(), placement
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -111,11 +140,13 @@ class DataParallel:
 
         Raises: ValueError naming a tensor that is missing, of another shape, or of no parameter here.
         """
-        unknown = sorted(name for name in tensors if "|" not in name and name not in self.state_dict())
+        known = {name for name, _, _ in self._trainable()}
+        unknown = sorted(name for name in tensors if "|" not in name and name not in known)
         if unknown:
             raise ValueError(f"the checkpoint has a tensor {unknown[0]} that is not here: it is of another model")
-        for name, parameter in self.state_dict().items():
-            parameter.copy_(saved_tensor(tensors, name, parameter.shape))
+        for name, parameter, placement in self._trainable():
+            full = saved_tensor(tensors, name, placement.full_shape(parameter.shape))
+            fill_local(parameter, full, placement, self.mesh.tp)
 
     def zero_grad(self) -> None:
         """Gradients to 0, in place: they stay views of their units."""
@@ -139,15 +170,17 @@ class DataParallel:
         """Reduces what the backward pass did not reach (unused parameters) and returns when all sums are there."""
         assert self._syncing, "finish_sync without start_sync"
         self._syncing = False
-        if self.mesh.dp.size == 1:
-            return
-        for unit in self._order[self._num_launched :]:
-            self._launch(unit)
-        for unit in self._order:
-            unit.pending.wait()
-            if unit.bucket is not unit.flat_grad:
-                unit.flat_grad.copy_(unit.bucket)
-            unit.pending = unit.bucket = None
+        if self.mesh.dp.size > 1:
+            for unit in self._order[self._num_launched :]:
+                self._launch(unit)
+            for unit in self._order:
+                unit.pending.wait()
+                if unit.bucket is not unit.flat_grad:
+                    unit.flat_grad.copy_(unit.bucket)
+                unit.pending = unit.bucket = None
+        if self.mesh.tp.size > 1:
+            for unit in self._order:
+                sum_partial_gradients(unit, self.mesh.tp)
 
     def _on_gradient(self, unit: Unit, parameter: nn.Parameter) -> None:
         """The hook: a parameter's gradient is complete, shared uses included."""
@@ -164,6 +197,34 @@ class DataParallel:
         unit.pending = all_reduce_async_(unit.bucket, self.mesh.dp)
 
 
+@torch.no_grad()
+def sum_partial_gradients(unit: Unit, tp: Axis) -> None:
+    """Completes the gradients of what several ranks of tp hold but use for different heads or tokens.
+
+    Those are replicated parameters whose placement says so, and key/value heads that lie on several ranks: their
+    gradients are laid out as if every rank had all heads, others' being 0.
+    Communication: one all-reduce over tp, if the unit has any.
+    """
+    views, places, wide = [], [], []
+    for i, placement in enumerate(unit.placements):
+        grad = unit.view(unit.flat_grad, i)
+        if placement.is_partial:
+            views.append(grad)
+            places.append(0)
+            wide.append(grad[None])
+        for start, length, count in placement.shared_intervals(tp.size) if placement.dim == 0 else []:
+            views.append(grad[start : start + length])
+            places.append(tp.rank * count // tp.size)
+            wide.append(grad.new_zeros(count, *views[-1].shape))
+            wide[-1][places[-1]] = views[-1]
+    if not views:
+        return
+    total = torch.cat([x.flatten() for x in wide])
+    all_reduce_(total, tp)
+    for view, place, x, summed in zip(views, places, wide, total.split([x.numel() for x in wide]), strict=True):
+        view.copy_(summed.view_as(x)[place])
+
+
 def data_parallel(roles: dict[str, nn.Module], mesh: Mesh, layout: Layout) -> DataParallel:
     """Moves the parameters of all roles into flat units and keeps the replicas' gradients equal."""
     return DataParallel(roles, mesh, layout)
@@ -176,8 +237,10 @@ def make_units(roles: dict[str, nn.Module]) -> list[Unit]:
     A parameter used twice belongs to the unit of its first use.
     """
     groups: dict[tuple, dict[str, nn.Parameter]] = {}
+    placed: dict[str, Placement] = {}
     seen: set[nn.Parameter] = set()
     for role, module in roles.items():
+        placed |= {f"{role}.{name}": placement for name, placement in placements(module).items()}
         layered = isinstance(getattr(module, "layers", None), nn.ModuleList)
         section = f"{role}.input" if layered else role
         for name, parameter in module.named_parameters():
@@ -189,16 +252,16 @@ def make_units(roles: dict[str, nn.Module]) -> list[Unit]:
                 seen.add(parameter)
                 key = (section, parameter.requires_grad, parameter.dtype)
                 groups.setdefault(key, {})[f"{role}.{name}"] = parameter
-    return [Unit(section, parameters) for (section, _, _), parameters in groups.items()]
+    return [Unit(section, parameters, placed) for (section, _, _), parameters in groups.items()]
 
 
-def saved_tensor(tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+def saved_tensor(tensors: dict[str, Tensor], name: str, shape: list[int]) -> Tensor:
     """tensors[name], if it is there and of this shape; else ValueError."""
     if name not in tensors:
         raise ValueError(f"the checkpoint has no tensor {name}: it belongs to another model or was saved without it")
-    if tensors[name].shape != shape:
+    if list(tensors[name].shape) != shape:
         raise ValueError(
-            f"{name} is {list(tensors[name].shape)} in the checkpoint but {list(shape)} here: it is of another model"
+            f"{name} is {list(tensors[name].shape)} in the checkpoint but {shape} here: it is of another model"
         )
     return tensors[name]
 
@@ -219,8 +282,8 @@ def check_replicas_equal(units: list[Unit], mesh: Mesh) -> None:
 
 
 @torch.no_grad()
-def describe_nonfinite(model: DataParallel, mesh: Mesh) -> str:
-    """Which parameters have a NaN or infinite gradient, and from which ranks it came.
+def describe_nonfinite(model: DataParallel, mesh: Mesh) -> str | None:
+    """Which parameters have a NaN or infinite gradient here, and from which replicas it came; None if none has.
 
     Communication: one all-gather of [units] sums over dp.
     """
@@ -231,7 +294,7 @@ def describe_nonfinite(model: DataParallel, mesh: Mesh) -> str:
             if not unit.view(unit.flat_grad, j).isfinite().all():
                 bad.append((name, i))
     if not bad:
-        return "every gradient is finite"
+        return None
     sums = [unit.flat_grad.sum() if unit.local_sum is None else unit.local_sum for unit in trainable]
     sums = all_gather(torch.stack([x.double() for x in sums])[None], mesh.dp)  # [dp, units]
     nonfinite = ~sums[:, sorted({i for _, i in bad})].isfinite()

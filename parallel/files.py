@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,8 +18,12 @@ from parallel.mesh import Mesh
 REPLACED = "tmp-old-"  # prefix of a folder that is being replaced
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh) -> None:
-    """Has rank 0 fill tmp-<name> by `write`, flush it to disk and rename it; the folder that was there goes last."""
+def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh, tensors: Iterable = ()) -> None:
+    """Has rank 0 fill tmp-<name> by `write`, flush it to disk and rename it; the folder that was there goes last.
+
+    Args: tensors: what `write` writes, if making it takes all ranks: the others run through it meanwhile, and rank 0
+        finishes it also where writing fails.
+    """
 
     def make() -> None:
         temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(REPLACED + folder.name)
@@ -42,7 +46,17 @@ def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh) -> Non
         flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
 
-    on_logger(make, f"cannot write {folder}", mesh)
+    def make_with_others() -> None:
+        try:
+            make()
+        finally:
+            for _ in tensors:
+                pass
+
+    if not mesh.is_logger:
+        for _ in tensors:
+            pass
+    on_logger(make_with_others, f"cannot write {folder}", mesh)
 
 
 def restore_replaced(parent: Path, pattern: str) -> None:

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from kernels.attention import Visible, attention
 from kernels.decode import decode_attention, decode_bias
-from parallel.model import VOCAB_MULTIPLE, Decoder, DecoderConfig, packed_weights, split_heads
+from parallel.collectives import Axis, all_gather, all_reduce_
+from parallel.model import Decoder, DecoderConfig, split_heads
+from parallel.tensor import VOCAB_MULTIPLE, packed_weights
 
 NUM_SLOTS = 256  # sequences generated at a time
 CACHE_BLOCK = 32  # tokens; the cache's capacity is a multiple
 PREFILL_TOKENS = 1 << 14  # padded prompt tokens of one forward
 ROLLOUT, EVALUATION = 0, 1  # streams of sampling noise
+ONE_RANK = Axis("tp", 1, 0)
 
 
 @dataclass
@@ -93,44 +96,72 @@ def uniform(seed: int, stream: int, sample_ids: Tensor, positions: Tensor) -> Te
 
 
 def sample_tokens(
-    logits: Tensor, noise: Tensor, sampling: Sampling, num_ids: int | None = None
+    logits: Tensor, noise: Tensor, sampling: Sampling, num_ids: int | None = None, axis: Axis = ONE_RANK
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draws one token per row by the inverse of the cumulative distribution.
 
     The probabilities are summed in blocks of 128 ids; a float64 prefix sum over the block sums finds the block, another
-    one the id inside it.
+    one the id inside it. A shard of the vocabulary holds whole blocks, so its size changes neither sum.
 
-    Args: num_ids: ids from here on are never drawn.
-    Shapes: logits [n, padded_vocab] float32, -inf where an id does not exist; noise [n] in [0, 1)
+    Args: num_ids: ids from here on are never drawn. axis: over which the vocabulary is divided.
+    Shapes: logits [n, padded_vocab / tp] float32, -inf where an id does not exist; noise [n] in [0, 1)
+    Communication: over tp an all-reduce (max) of [n], an all-gather of [n, blocks] and an all-reduce of [2, n]; top-k
+        and top-p need the whole distribution and gather [n, padded_vocab].
     Returns: token_ids [n]; logprobs [n] over the full vocabulary at the sampling temperature (at 1 if that is 0);
         kept_mass [n], the probability that top-k, top-p and num_ids left
     """
+    n, start = len(logits), axis.rank * logits.shape[1]  # the first id here
     if sampling.temperature not in (0.0, 1.0):
         logits = logits / sampling.temperature
-    shifted = logits - logits.amax(1, keepdim=True)
+    largest = logits.amax(1, keepdim=True)
+    all_reduce_(largest, axis, "max")
+    shifted = logits - largest
     weights = shifted.exp()
-    total = weights.sum(1, dtype=torch.float64)
+
+    def sum_blocks() -> Tensor:  # [n, blocks of the whole vocabulary]
+        return gather_vocab(weights.view(n, -1, VOCAB_MULTIPLE).sum(2, dtype=torch.float64), axis)
+
+    sums = sum_blocks()
+    total = sums.sum(1)
     kept_mass = torch.ones_like(total)
+    if num_ids is not None:
+        weights[:, max(num_ids - start, 0) :] = 0
     if sampling.temperature == 0:
-        token_ids = logits[:, :num_ids].argmax(1)
+        best, local_ids = weights.max(1)
+        over_all = best.clone()
+        all_reduce_(over_all, axis, "max")
+        token_ids = (local_ids + start).where(best == over_all, torch.iinfo(torch.int64).max)
+        all_reduce_(token_ids, axis, "min")
     else:
-        if num_ids is not None:
-            weights[:, num_ids:] = 0
         if sampling.truncates:
-            weights = truncate(weights, total, sampling)
+            kept = truncate(gather_vocab(weights, axis), total, sampling)
+            weights = kept[:, start : start + logits.shape[1]]
         if sampling.truncates or num_ids is not None:
-            kept_mass = weights.sum(1, dtype=torch.float64) / total
-        blocks = weights.view(len(weights), -1, VOCAB_MULTIPLE)  # [n, num_blocks, 128]
-        prefix = blocks.sum(2, dtype=torch.float64).cumsum(1)  # [n, num_blocks]
+            sums = sum_blocks()
+            kept_mass = sums.sum(1) / total
+        prefix = sums.cumsum(1)
         point = noise * prefix[:, -1]
         block = (prefix <= point[:, None]).sum(1).clamp(max=prefix.shape[1] - 1)  # [n]
         point = point - F.pad(prefix, (1, 0)).gather(1, block[:, None])[:, 0]
-        inside = blocks[torch.arange(len(blocks), device=block.device), block]  # [n, 128]
+        blocks = weights.view(n, -1, VOCAB_MULTIPLE)
+        local_block = (block - start // VOCAB_MULTIPLE).clamp(0, blocks.shape[1] - 1)  # right where the block is here
+        inside = blocks[torch.arange(n, device=block.device), local_block]  # [n, 128]
         offset = (inside.cumsum(1, dtype=torch.float64) <= point[:, None]).sum(1)
         last_kept = VOCAB_MULTIPLE - 1 - (inside > 0).flip(1).int().argmax(1)  # rounding must not step past it
         token_ids = block * VOCAB_MULTIPLE + torch.minimum(offset, last_kept)
-    logprobs = shifted.gather(1, token_ids[:, None])[:, 0] - total.log()
-    return token_ids, logprobs.to(logits.dtype), kept_mass
+    local_ids = token_ids - start
+    is_here = (local_ids >= 0) & (local_ids < logits.shape[1])
+    picked = shifted.gather(1, local_ids.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    if axis.size > 1:  # those who do not hold the token's block have found another
+        found = torch.stack((token_ids.double(), picked.double())).where(is_here, 0.0)
+        all_reduce_(found, axis)
+        token_ids, picked = found[0].long(), found[1]
+    return token_ids, (picked - total.log()).to(logits.dtype), kept_mass
+
+
+def gather_vocab(x: Tensor, axis: Axis) -> Tensor:
+    """Shards of the vocabulary side by side: [n, m] -> [n, tp * m]"""
+    return x if axis.size == 1 else all_gather(x[None], axis).transpose(0, 1).flatten(1)
 
 
 def truncate(weights: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
@@ -155,6 +186,7 @@ class KVCache:
     Its capacity, in tokens, grows by CACHE_BLOCK as the longest sequence needs it: batched products over a whole
     contiguous tensor are several times as fast on a CPU as over the visible part of a larger one.
 
+    Args: config: of what this rank computes (`DecoderConfig.shard`).
     Shapes: stored[layer] [2 (keys, values), num_slots, num_kv_heads, capacity, head_dim]
     """
 
@@ -214,13 +246,13 @@ class KVCache:
 
 
 def lm_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
-    """Next-token logits in float32 at least, -inf in padded vocabulary rows.
+    """Next-token logits of this rank's vocabulary in float32 at least, -inf in padded rows.
 
-    Shapes: hidden [n, hidden_size] -> [n, padded_vocab]
+    Shapes: hidden [n, hidden_size] -> [n, padded_vocab / tp]
     """
     logits = F.linear(hidden, decoder.lm_head_weight, decoder.lm_head_bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits[:, decoder.config.vocab_size :] = -torch.inf
+    logits[:, max(decoder.config.vocab_size - decoder.mesh.tp.rank * logits.shape[1], 0) :] = -torch.inf
     return logits
 
 
@@ -274,9 +306,9 @@ def generate(
     sampled EOS or stop sequence is part of it.
 
     Args: sample_ids: one number per prompt; with seed, stream and position it fixes the noise. logits_fn: hidden
-        [n, hidden_size] -> logits [n, padded_vocab] in place of the LM head. num_ids: ids from here on, which the
+        [n, hidden_size] -> logits [n, padded_vocab / tp] in place of the LM head. num_ids: ids from here on, which the
         tokenizer lacks, are never drawn.
-    Communication: none; replicas do not wait for each other.
+    Communication: over tp that of the decoder and of `sample_tokens`; replicas do not wait for each other.
     Raises: ValueError if a prompt is empty or does not fit the context together with its response.
     """
     device = decoder.embedding.weight.device
@@ -305,7 +337,7 @@ def generate(
     kept_mass = torch.zeros((), dtype=torch.float64, device=device)
 
     num_slots = min(num_slots, batch)
-    cache = KVCache(config, num_slots, dtype, device)
+    cache = KVCache(config.shard(decoder.mesh.tp.size), num_slots, dtype, device)
     rows = torch.zeros(0, dtype=torch.long, device=device)  # [active] the sequence in each slot; slots are contiguous
     num_started = 0
 
@@ -315,7 +347,7 @@ def generate(
         logits = logits_fn(hidden) if logits_fn is not None else lm_logits(decoder, hidden)
         positions = seq_lens[rows]
         tokens, token_logprobs, mass = sample_tokens(
-            logits, noise[rows, positions - prompt_lens[rows]], sampling, num_ids
+            logits, noise[rows, positions - prompt_lens[rows]], sampling, num_ids, decoder.mesh.tp
         )
         input_ids[rows, positions] = tokens
         logprobs[rows, positions] = token_logprobs

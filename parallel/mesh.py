@@ -1,8 +1,9 @@
 """The mesh: which processes there are, along which axes they lie, and how they agree.
 
-Three axes, each of which may have size 1: dp (replicas that see different data), pp (stages of the model), tp (slices
-of a layer), tp innermost. Today only dp grows. In a plain Python shell, or under a launcher that starts one process,
-every axis has size 1, no process group exists, and all functions below are the identity.
+Three axes, each of which may have size 1: dp (replicas that see different data), pp (stages of the model, not used
+yet), tp (slices of a layer): rank = dp_rank * tp + tp_rank, so that the ranks of a replica, which talk most, are
+neighbours. In a plain Python shell, or under a launcher that starts one process, every axis has size 1, no process
+group exists, and all functions below are the identity.
 """
 
 import os
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_
+from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_, groups
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # a second, dense bfloat16, by part of the GPU's name
 # A rank that does not come to a collective for so long is lost. A dead one is seen at once by its closed connections;
@@ -28,7 +29,11 @@ class Layout:
     """How the work is laid over the processes; the product of the sizes is the number of processes."""
 
     dp: int = 0
-    """data-parallel replicas; 0 = all processes"""
+    """data-parallel replicas; 0 = what the other axes leave"""
+    tp: int = 1
+    """tensor parallelism: ranks among which the heads and columns of every layer are divided"""
+    sequence_parallel: bool = True
+    """with tp: divides also what lies between the layers' matrices, by tokens; no more traffic, less memory"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """type in which gradients are summed over the replicas; bfloat16 halves the traffic and rounds"""
 
@@ -42,6 +47,7 @@ class Mesh:
     tp: Axis
     world: Axis = field(repr=False)  # all processes
     device: torch.device
+    sequence_parallel: bool = False  # over tp
 
     @property
     def rank(self) -> int:
@@ -55,6 +61,12 @@ class Mesh:
     def is_logger(self) -> bool:
         """Whether this is the one rank that prints and writes."""
         return self.rank == 0
+
+    def describe(self) -> str:
+        """The layout in words."""
+        tokens = ", tokens divided between matrices" if self.sequence_parallel else ""
+        axes = [f"data parallel {self.dp.size}"] + [f"tensor parallel {self.tp.size}{tokens}"] * (self.tp.size > 1)
+        return f"{' x '.join(axes)} (processes: {self.world_size}), on {self.device}"
 
     def utilisation(self, flops: float, seconds: float) -> dict[str, float]:
         """{"mfu": share of the peak that flops in seconds on all ranks are}, empty where the peak is not known."""
@@ -74,28 +86,30 @@ class Mesh:
         """[n, ...] -> [size * n, ...] in rank order; n must be equal on all ranks."""
         return all_gather(x.to(self.device), getattr(self, axis)).to(x.device)
 
-    def gather_objects(self, obj: Any) -> list:
-        """One picklable object of each rank, as a list in rank order on every rank; meant for small things."""
-        if self.world_size == 1:
+    def gather_objects(self, obj: Any, axis: str = "world") -> list:
+        """One picklable object of each rank of an axis, as a list in rank order on all of them; for small things."""
+        over = getattr(self, axis)
+        if over.size == 1:
             return [obj]
         data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-        sizes = all_gather(torch.tensor([data.numel()], device=self.device), self.world).tolist()
+        sizes = all_gather(torch.tensor([data.numel()], device=self.device), over).tolist()
         padded = torch.zeros(1, max(sizes), dtype=torch.uint8, device=self.device)
         padded[0, : data.numel()] = data.to(self.device)
-        rows = all_gather(padded, self.world).cpu()  # [world_size, bytes of the largest]
+        rows = all_gather(padded, over).cpu()  # [size, bytes of the largest]
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
-    def broadcast_object(self, obj: Any) -> Any:
-        """The picklable object that rank 0 passed, on every rank."""
-        if self.world_size == 1:
+    def broadcast_object(self, obj: Any, axis: str = "world") -> Any:
+        """The picklable object that the axis's first rank passed, on all of its ranks."""
+        over = getattr(self, axis)
+        if over.size == 1:
             return obj
-        data = torch.frombuffer(bytearray(pickle.dumps(obj if self.rank == 0 else None)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(pickle.dumps(obj if over.rank == 0 else None)), dtype=torch.uint8)
         size = torch.tensor([data.numel()], device=self.device)
-        broadcast_(size, self.world)
+        broadcast_(size, over)
         message = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        if self.rank == 0:
+        if over.rank == 0:
             message.copy_(data)
-        broadcast_(message, self.world)
+        broadcast_(message, over)
         return pickle.loads(message.cpu().numpy().tobytes())
 
     def raise_together(self, error: Exception | None) -> None:
@@ -117,6 +131,7 @@ class Mesh:
         """Ends the process group; waits for all ranks, since one that leaves early breaks those still at work."""
         if dist.is_initialized():
             self.barrier()
+            groups.clear()
             dist.destroy_process_group()
 
     def _reduce(self, x, axis: str, op: str):
@@ -154,21 +169,40 @@ def init_mesh(layout: Layout = Layout()) -> Mesh:
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+    num_replicas = world_size // layout.tp
     return Mesh(
-        dp=Axis("dp", world_size, rank, store=store),  # pp and tp being 1, the replicas are all the processes
+        dp=make_axis("dp", [[i * layout.tp + j for i in range(num_replicas)] for j in range(layout.tp)], rank, store),
         pp=Axis("pp", 1, 0),
-        tp=Axis("tp", 1, 0),
+        tp=make_axis("tp", [[i * layout.tp + j for j in range(layout.tp)] for i in range(num_replicas)], rank, store),
         world=Axis("world", world_size, rank, store=store),
         device=device,
+        sequence_parallel=layout.sequence_parallel and layout.tp > 1,
     )
+
+
+def make_axis(name: str, rows: list[list[int]], rank: int, store) -> Axis:
+    """The axis along the row of ranks that holds this one. Every rank calls it with all rows, in the same order."""
+    for ranks in map(tuple, rows):
+        if 1 < len(ranks) < dist.get_world_size() and ranks not in groups:
+            groups[ranks] = dist.new_group(ranks, timeout=GROUP_TIMEOUT)
+    mine = next(tuple(ranks) for ranks in rows if rank in ranks)
+    return Axis(name, len(mine), mine.index(rank), mine if mine in groups else None, store)
 
 
 def check_layout(layout: Layout, world_size: int) -> None:
     """Raises ValueError, with what would fit, unless the layout's axes multiply to the number of processes."""
-    if layout.dp not in (0, world_size):
+    if layout.tp < 1 or world_size % layout.tp:
+        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ValueError(
-            f"--layout.dp {layout.dp} needs {layout.dp} processes, but {world_size} were started: leave --layout.dp "
-            f"out (or give {world_size}), or start torchrun --nproc-per-node {max(layout.dp, 1)}"
+            f"--layout.tp {layout.tp} does not divide the {world_size} processes: give one of "
+            f"{', '.join(map(str, fitting))}, or start torchrun --nproc-per-node {max(layout.tp, 1)}"
+        )
+    if layout.dp not in (0, world_size // layout.tp):
+        needed = max(layout.dp, 1) * layout.tp
+        raise ValueError(
+            f"--layout.dp {layout.dp} x --layout.tp {layout.tp} needs {needed} processes, but {world_size} were "
+            f"started: leave --layout.dp out (or give {world_size // layout.tp}), or start torchrun "
+            f"--nproc-per-node {needed}"
         )
 
 

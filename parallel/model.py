@@ -6,8 +6,7 @@ decoder activations are token-major [tokens, hidden_size]; only attention sees [
 
 import hashlib
 import math
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,9 +15,17 @@ from torch import Tensor, nn
 
 from kernels.attention import Visible, attention
 from kernels.pointwise import gated_activation, rms_norm, rotate_
+from parallel.collectives import split_back
 from parallel.mesh import Mesh
-
-VOCAB_MULTIPLE = 128  # vocabulary rows are padded to this, the block in which generation sums probabilities
+from parallel.tensor import (
+    ColumnParallelLinear,
+    Placement,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    fill_local,
+    placements,
+)
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,31 @@ class DecoderConfig:
     windows: tuple[int | None, ...] = ()  # sliding window of each layer; () for none
     init_std: float = 0.02
 
-    @property
-    def padded_vocab_size(self) -> int:
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
+
+    def shard(self, tp: int) -> "DecoderConfig":
+        """What one of tp ranks computes: its heads and its part of the feed-forward network.
+
+        Key and value heads fewer than ranks lie on several each.
+        Raises: ValueError if heads or network cannot be divided so.
+        """
+        if not self.fits_tp(tp):
+            fitting = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.fits_tp(n))
+            raise ValueError(
+                f"--layout.tp {tp} does not divide {self.num_heads} heads, {self.num_kv_heads} key/value heads and a "
+                f"feed-forward network {self.ffn_size} wide: this model takes {fitting}"
+            )
+        return replace(
+            self,
+            num_heads=self.num_heads // tp,
+            num_kv_heads=max(self.num_kv_heads // tp, 1),
+            ffn_size=self.ffn_size // tp,
+        )
+
+    def fits_tp(self, tp: int) -> bool:
+        kv_fits = self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
+        return self.num_heads % tp == 0 and self.ffn_size % tp == 0 and kv_fits
 
 
 ACTIVATIONS = {
@@ -90,41 +116,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-class Linear(nn.Linear):
-    """x W^T + b with weight [out_features, in_features]; its parameters start uninitialised."""
-
-    packed = None  # the weight in oneDNN's layout, see `packed_weights`
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
-        super().__init__(in_features, out_features, bias=bias, dtype=dtype)
-
-    def reset_parameters(self) -> None:
-        """Leaves them: `initialise` or a checkpoint fills them."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
-
-
-@contextmanager
-def packed_weights(module: nn.Module, num_rows: int):
-    """On a CPU, also holds the weights in oneDNN's blocked layout: with few rows its products are a third faster.
-
-    For forwards of about num_rows rows without gradient; the weights must not change meanwhile.
-    """
-    linears = [m for m in module.modules() if isinstance(m, Linear) and m.weight.dtype == torch.float32]
-    if not torch.backends.mkldnn.is_available() or any(m.weight.is_cuda for m in linears):
-        linears = []
-    try:
-        for linear in linears:
-            linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)
-        yield
-    finally:
-        for linear in linears:
-            linear.packed = None
 
 
 def rotary_tables(config: DecoderConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,52 +140,56 @@ def rotary_tables(config: DecoderConfig, position_ids: Tensor) -> tuple[Tensor, 
 class Block(nn.Module):
     """One decoder layer: attention and feed-forward network, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype):
+    def __init__(self, config: DecoderConfig, mesh: Mesh, dtype: torch.dtype):
         super().__init__()
-        self.config = config
+        tp, shards_tokens = mesh.tp, mesh.sequence_parallel
+        self.config = config.shard(tp.size)  # what this rank computes
         hidden, head_dim = config.hidden_size, config.head_dim
-        num_qkv_heads = config.num_heads + 2 * config.num_kv_heads
-        self.attn_norm = make_norm(config, dtype)
+        q_heads, kv_heads = (config.num_heads, head_dim), (config.num_kv_heads, head_dim)
+        self.attn_norm = make_norm(config, dtype, shards_tokens)
         # rows: all query heads, then all key heads, then all value heads
-        self.qkv = Linear(hidden, num_qkv_heads * head_dim, config.qkv_bias, dtype)
+        self.qkv = ColumnParallelLinear(hidden, (q_heads, kv_heads, kv_heads), config.qkv_bias, dtype, tp)
         if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, config.norm_eps, dtype)
-            self.k_norm = RMSNorm(head_dim, config.norm_eps, dtype)
-        self.attn_out = Linear(config.num_heads * head_dim, hidden, config.attn_out_bias, dtype)
+            self.q_norm, self.k_norm = (RMSNorm(head_dim, config.norm_eps, dtype) for _ in range(2))
+            for norm in (self.q_norm, self.k_norm):  # each rank norms its own heads
+                norm.placements = {"weight": Placement(is_partial=tp.size > 1)}
+        self.attn_out = RowParallelLinear((q_heads,), hidden, config.attn_out_bias, dtype, tp, shards_tokens)
         if not config.shared_norm:
-            self.ffn_norm = make_norm(config, dtype)
+            self.ffn_norm = make_norm(config, dtype, shards_tokens)
         # gated: rows of the gate, then rows of the up projection
-        self.ffn_in = Linear(hidden, config.ffn_size * (1 + config.gated), config.ffn_bias, dtype)
-        self.ffn_out = Linear(config.ffn_size, hidden, config.ffn_bias, dtype)
+        columns = (config.ffn_size, 1)
+        self.ffn_in = ColumnParallelLinear(hidden, (columns,) * (1 + config.gated), config.ffn_bias, dtype, tp)
+        self.ffn_out = RowParallelLinear((columns,), hidden, config.ffn_bias, dtype, tp, shards_tokens)
 
-    def attend(self, x: Tensor, tables, attention_fn) -> Tensor:
+    def attend(self, x: Tensor, tables, attention_fn, sharded_tokens: bool = False) -> Tensor:
         """Self-attention: x [tokens, hidden_size], already normed -> the same shape."""
         config = self.config
-        heads = self.qkv(x)  # [tokens, (q + k + v heads) * head_dim]
+        heads = self.qkv(x, sharded_tokens)  # [tokens, (q + k + v heads) * head_dim]
         if config.qk_norm:
-            q, k, v = split_heads(heads.view(len(x), -1, config.head_dim), config)
+            q, k, v = split_heads(heads.view(len(heads), -1, config.head_dim), config)
             heads = torch.cat((self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), v.flatten(1)), 1)
         if tables is not None:
             num_rotated = config.num_heads + config.num_kv_heads
             heads = rotate_(heads, *tables, num_rotated, config.head_dim, config.rotary_interleaved)
-        return self.attn_out(attention_fn(heads).reshape(len(x), -1))
+        return self.attn_out(attention_fn(heads), sharded_tokens)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, sharded_tokens: bool = False) -> Tensor:
         """The position-wise network: x [tokens, hidden_size], already normed -> the same shape."""
         activation = ACTIVATIONS[self.config.activation]
-        x = self.ffn_in(x)
-        if self.config.gated:
-            return self.ffn_out(gated_activation(x, activation))
-        return self.ffn_out(activation(x))
+        x = self.ffn_in(x, sharded_tokens)
+        x = gated_activation(x, activation) if self.config.gated else activation(x)
+        return self.ffn_out(x, sharded_tokens)
 
-    def forward(self, x: Tensor, tables, attention_fn) -> Tensor:
+    def forward(self, x: Tensor, tables, attention_fn, sharded_tokens: bool = False) -> Tensor:
+        """Args: attention_fn: [tokens, (q + k + v heads) * head_dim] -> [tokens, q heads * head_dim]. sharded_tokens:
+        whether x, and what this returns, is [tokens / tp, hidden_size]."""
         normed = self.attn_norm(x)
-        attended = self.attend(normed, tables, attention_fn)
+        attended = self.attend(normed, tables, attention_fn, sharded_tokens)
         if not self.config.parallel_residual:
             x = x + attended
-            return x + self.feed_forward(self.ffn_norm(x))
+            return x + self.feed_forward(self.ffn_norm(x), sharded_tokens)
         ffn_input = normed if self.config.shared_norm else self.ffn_norm(x)
-        return x + attended + self.feed_forward(ffn_input)
+        return x + attended + self.feed_forward(ffn_input, sharded_tokens)
 
 
 class Decoder(nn.Module):
@@ -214,38 +209,41 @@ class Decoder(nn.Module):
         lm_head: bool = True,
     ):
         super().__init__()
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.hf_config: dict = {}  # as read from config.json; what export writes again
         self.generation_config: dict = {}  # likewise of generation_config.json
         self.source = ""  # folder or hub id that the weights came from
         with torch.device(mesh.device):
-            self.embedding = make_embedding(config.padded_vocab_size, config.hidden_size, dtype)
+            self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, mesh.tp)
             self.position_embedding = None
             if config.learned_positions:
-                self.position_embedding = make_embedding(config.max_seq_len, config.hidden_size, dtype)
-            self.layers = nn.ModuleList(Block(config, dtype) for _ in range(config.num_layers))
-            self.final_norm = make_norm(config, dtype)
+                weight = torch.empty(config.max_seq_len, config.hidden_size, dtype=dtype)
+                self.position_embedding = nn.Embedding(*weight.shape, _weight=weight)
+                self.position_embedding.placements = {"weight": Placement(is_partial=mesh.sequence_parallel)}
+            self.layers = nn.ModuleList(Block(config, mesh, dtype) for _ in range(config.num_layers))
+            self.final_norm = make_norm(config, dtype, mesh.sequence_parallel)
             self.lm_head = None
             if lm_head and not config.tied_embeddings:
-                self.lm_head = Linear(config.hidden_size, config.padded_vocab_size, config.head_bias, dtype)
+                self.lm_head = VocabParallelHead(
+                    config.hidden_size, config.vocab_size, config.head_bias, dtype, mesh.tp
+                )
+        self.placements = placements(self)  # of every parameter, by name
         if seed is not None:
             initialise(self, config, seed)
 
     @property
     def num_parameters(self) -> int:
-        """Without padded vocabulary rows; tied embeddings count once."""
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.hidden_size
-        padding *= 1 if self.lm_head is None else 2
-        return sum(p.numel() for p in self.parameters()) - padding
+        """Of the whole model, without padded vocabulary rows; tied embeddings count once."""
+        return sum(math.prod(self.placements[name].full_shape(p.shape)) for name, p in self.named_parameters())
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """[padded_vocab_size, hidden_size]"""
+        """[padded_vocab / tp, hidden_size]"""
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def lm_head_bias(self) -> Tensor | None:
-        """[padded_vocab_size]"""
+        """[padded_vocab / tp]"""
         return None if self.lm_head is None else self.lm_head.bias
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, first_key: Tensor, kv_cache=None) -> Tensor:
@@ -255,26 +253,37 @@ class Decoder(nn.Module):
             kv_cache: a `parallel.generation.KVCache`; then keys and values are stored in it and read from it.
         Shapes: input_ids, position_ids, first_key [batch, seq_len] -> [batch, seq_len, hidden_size]
         """
-        config = self.config
-        shape = input_ids.shape
-        positions = position_ids.flatten()
-        x = F.embedding(input_ids.flatten(), self.embedding.weight)  # [tokens, hidden_size]
-        if self.position_embedding is not None:
-            x = x + F.embedding(positions, self.position_embedding.weight)
+        config, tp = self.config, self.mesh.tp
+        shape, num_tokens = input_ids.shape, input_ids.numel()
+        token_ids, positions = input_ids.flatten(), position_ids.flatten()
         tables = None
         if config.rotary_dim:
-            tables = tuple(table.to(x.dtype)[:, None] for table in rotary_tables(config, positions))
+            dtype = self.embedding.weight.dtype
+            tables = tuple(table.to(dtype)[:, None] for table in rotary_tables(config, positions))
+        sharded_tokens = self.mesh.sequence_parallel and kv_cache is None
+        padding = -num_tokens % tp.size if sharded_tokens else 0  # every rank holds as many tokens
+        if sharded_tokens:
+            token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
+            positions = positions.chunk(tp.size)[tp.rank]
+        x = self.embedding(token_ids, sharded_tokens)  # [tokens, hidden_size], or [tokens / tp, hidden_size]
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
         visible = {window: Visible(first_key, window) for window in set(config.windows) or {None}}
         for i, layer in enumerate(self.layers):
 
-            def attention_fn(heads, i=i):
-                heads = heads.view(*shape, -1, config.head_dim)  # [batch, seq_len, q + k + v heads, head_dim]
+            def attention_fn(heads, layer=layer, i=i):
+                heads = heads[:num_tokens].view(*shape, -1, config.head_dim)  # [batch, seq_len, q + k + v heads, ...]
                 if kv_cache is not None:
-                    return kv_cache.attention(i, heads, visible[config.window(i)])
-                return attention(*split_heads(heads, config), visible[config.window(i)])
+                    attended = kv_cache.attention(i, heads, visible[config.window(i)])
+                else:
+                    attended = attention(*split_heads(heads, layer.config), visible[config.window(i)])
+                return F.pad(attended.reshape(num_tokens, -1), (0, 0, 0, padding))
 
-            x = layer(x, tables, attention_fn)
-        return self.final_norm(x).view(*shape, -1)
+            x = layer(x, tables, attention_fn, sharded_tokens)
+        x = self.final_norm(x)
+        if sharded_tokens:
+            x = split_back(x, tp)[:num_tokens]
+        return x.view(*shape, -1)
 
 
 class ScalarHead(nn.Module):
@@ -300,14 +309,13 @@ def split_heads(heads: Tensor, config: DecoderConfig) -> tuple[Tensor, ...]:
     return heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
 
 
-def make_norm(config: DecoderConfig, dtype: torch.dtype) -> nn.Module:
+def make_norm(config: DecoderConfig, dtype: torch.dtype, shards_tokens: bool) -> nn.Module:
     if config.norm == "rmsnorm":
-        return RMSNorm(config.hidden_size, config.norm_eps, dtype)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-
-
-def make_embedding(num_rows: int, hidden_size: int, dtype: torch.dtype) -> nn.Module:
-    return nn.Embedding(num_rows, hidden_size, _weight=torch.empty(num_rows, hidden_size, dtype=dtype))
+        norm = RMSNorm(config.hidden_size, config.norm_eps, dtype)
+    else:
+        norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+    norm.placements = dict.fromkeys(("weight", "bias"), Placement(is_partial=shards_tokens))
+    return norm
 
 
 @torch.no_grad()
@@ -323,6 +331,6 @@ def initialise(decoder: Decoder, config: DecoderConfig, seed: int) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
             residual = name.endswith(("attn_out.weight", "ffn_out.weight"))
             std = config.init_std / math.sqrt(2 * config.num_layers) if residual else config.init_std
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    for weight in {decoder.embedding.weight, decoder.lm_head_weight}:
-        weight[config.vocab_size :] = 0  # padded rows
+            placement = decoder.placements[name]
+            full = torch.randn(placement.full_shape(parameter.shape), generator=generator) * std
+            fill_local(parameter, full, placement, decoder.mesh.tp)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from parallel.collectives import RankError
 from parallel.data_parallel import DataParallel, Unit, describe_nonfinite, saved_tensor
 from parallel.mesh import Mesh
+from parallel.tensor import Placement, fill_local, full_tensor
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -60,12 +62,17 @@ def clip_grad_norm(model: DataParallel, max_norm: float, mesh: Mesh) -> float:
     """L2 norm of all gradients, squares summed in float64; the optimizer then divides by max(1, norm / max_norm).
 
     The gradients themselves are left as they are: the optimizer's own pass scales them. max_norm 0 clips nothing.
-    Communication: none, since the reduced gradients are the same bits on every replica.
+    Communication: over tp one all-reduce of a number; over dp none, since the replicas have the same bits.
     Returns: the norm before clipping, the same on all ranks, NaN or infinite if a gradient is.
     Source: Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
-    squares = [sum_of_squares(unit.flat_grad) for unit in model.units if unit.trainable]
-    model.grad_norm = math.sqrt(torch.stack(squares).sum().item())
+    squares = [
+        sum_of_squares(unit.flat_grad[start:stop])
+        for unit in model.units
+        if unit.trainable
+        for start, stop in unit.counted_slices(mesh.tp)
+    ]
+    model.grad_norm = math.sqrt(mesh.sum(torch.stack(squares).sum(), "tp").item())
     model.grad_divisor = max(1.0, (model.grad_norm + 1e-6) / max_norm) if max_norm else 1.0
     return model.grad_norm
 
@@ -173,7 +180,10 @@ class AdamW:
         """Warns for the first of a row of skipped steps, ends the run with the last."""
         self.num_skipped += 1
         if self.num_skipped in (1, MAX_SKIPPED):
-            culprit = describe_nonfinite(self.model, self.model.mesh)
+            reports = self.model.mesh.gather_objects(describe_nonfinite(self.model, self.model.mesh), "tp")
+            culprit = next(
+                (report for report in reports if report is not None), "the norm of finite gradients overflows"
+            )
             if self.num_skipped == MAX_SKIPPED:
                 raise RankError(
                     f"{MAX_SKIPPED} optimizer steps in a row skipped: {culprit}; "
@@ -184,13 +194,20 @@ class AdamW:
         self.model.grad_norm = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """m, v and (of bfloat16 parameters) master as "<full name>|m" and so on, in full shapes, and the step count."""
+        """m, v and (of bfloat16 parameters) master as "<full name>|m" and so on, in full shapes, and the step count.
+
+        Communication: one all-gather over tp per tensor sharded there.
+        """
         tensors = {"optimizer|steps": self.steps, "optimizer|num_skipped": torch.tensor(float(self.num_skipped))}
+        tp = self.model.mesh.tp
+        return tensors | {name: full_tensor(local, placement, tp) for name, local, placement in self._local_state()}
+
+    def _local_state(self) -> Iterator[tuple[str, Tensor, Placement]]:
         for unit, state in self.state.items():
             for key, flat in state.items():
                 if flat is not unit.flat:
-                    tensors |= {f"{name}|{key}": unit.view(flat, i) for i, name in enumerate(unit.names)}
-        return tensors
+                    for i, (name, placement) in enumerate(zip(unit.names, unit.placements, strict=True)):
+                        yield f"{name}|{key}", unit.view(flat, i), placement
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -198,6 +215,8 @@ class AdamW:
 
         Raises: ValueError naming a tensor that is missing or of another shape.
         """
-        for name, tensor in self.state_dict().items():
-            tensor.copy_(saved_tensor(tensors, name, tensor.shape))
-        self.num_skipped = int(tensors["optimizer|num_skipped"])
+        for name, local, placement in self._local_state():
+            full = saved_tensor(tensors, name, placement.full_shape(local.shape))
+            fill_local(local, full, placement, self.model.mesh.tp)
+        self.steps.copy_(saved_tensor(tensors, "optimizer|steps", []))
+        self.num_skipped = int(saved_tensor(tensors, "optimizer|num_skipped", []))

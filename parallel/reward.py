@@ -5,7 +5,7 @@ them. transformers has no place for a bias: what is to be subtracted from its sc
 """
 
 import copy
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 
 import torch
@@ -76,11 +76,10 @@ def save_reward_model(
         "reward_offset": reward_offset,
     }
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from hf_tensors(decoder)
-        yield "score.weight", head.weight.detach()
-
-    write_folder(Path(folder), lambda temporary: write_model(temporary, decoder, config, tensors(), tokenizer), mesh)
+    tensors = itertools.chain(hf_tensors(decoder), [("score.weight", head.weight.detach())])
+    write_folder(
+        Path(folder), lambda temporary: write_model(temporary, decoder, config, tensors, tokenizer), mesh, tensors
+    )
 
 
 def list_eos(*sources) -> set[int]:

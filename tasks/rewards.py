@@ -157,14 +157,15 @@ def make_samples(generation, prompts, tokenizer, eos, stop):
 
 
 def score_together(reward, samples, mesh):
-    """Scores of this replica's samples; an error of one replica's reward stops all ranks with its message."""
+    """Scores of this replica's samples, which one of its ranks asks for; an error stops all ranks with its message."""
     scores, error = [], None
     try:
-        scores = reward(samples) if samples else []
+        if mesh.tp.rank == 0 and samples:
+            scores = reward(samples)
     except ValueError as caught:
         error = caught
     mesh.raise_together(error)
-    return scores
+    return mesh.broadcast_object(scores, "tp")
 
 
 # --- a reward model -------------------------------------------------------------------------------------------------

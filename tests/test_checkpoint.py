@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from parallel import checkpoint, files  # noqa: E402
 from parallel.checkpoint import (  # noqa: E402
     eos_ids,
+    full_heads,
     load_decoder,
     load_heads,
     load_training_state,
@@ -235,19 +236,19 @@ def test_export_replaces_a_folder_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_heads_come_back(tmp_path):
     heads = {"value_head": ScalarHead(5, MESH, std=0.3, seed=1), "reward_head": ScalarHead(7, MESH, std=0.3, seed=2)}
-    write_heads(tmp_path, heads)
+    write_heads(tmp_path, heads, full_heads(heads, MESH))
     described = json.loads((tmp_path / "heads.json").read_text())
     assert described["reward_head"] == {"kind": "ScalarHead", "shapes": {"weight": [1, 7], "bias": [1]}}
     blank = {"value_head": ScalarHead(5, MESH), "reward_head": ScalarHead(7, MESH)}
-    load_heads(tmp_path, blank)
+    load_heads(tmp_path, blank, MESH)
     for role, head in heads.items():
         assert_same_weights(blank[role], head)
     with pytest.raises(ValueError, match=r"value_head.weight is \[1, 5\], needed as \[1, 6\]"):
-        load_heads(tmp_path, {"value_head": ScalarHead(6, MESH)})
+        load_heads(tmp_path, {"value_head": ScalarHead(6, MESH)}, MESH)
     with pytest.raises(ValueError, match="q_head.weight is missing"):
-        load_heads(tmp_path, {"q_head": ScalarHead(5, MESH)})
+        load_heads(tmp_path, {"q_head": ScalarHead(5, MESH)}, MESH)
     with pytest.raises(FileNotFoundError, match="heads.safetensors"):
-        load_heads(tmp_path / "nowhere", heads)
+        load_heads(tmp_path / "nowhere", heads, MESH)
 
 
 # --- training state -------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def make_dialogues():
 
 def make_roles(args, mesh, dtype=torch.float64):
     decoder = Decoder(CONFIG, mesh, dtype, seed=3)
-    heads = ilql.make_heads(CONFIG, args, dtype, mesh.device)
+    heads = ilql.make_heads(CONFIG, args, dtype, mesh)
     with torch.no_grad():  # targets of their own, and values large enough to tell the terms apart
         for p in heads["target_q_heads"].parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7), dtype=p.dtype) * 0.1)
@@ -196,7 +196,7 @@ def test_targets_follow_in_closed_form():
 
 
 def test_targets_of_a_bfloat16_model_are_float32():
-    heads = ilql.make_heads(CONFIG, ilql.Args(), torch.bfloat16, torch.device("cpu"))
+    heads = ilql.make_heads(CONFIG, ilql.Args(), torch.bfloat16, init_mesh())
     before = heads["target_q_heads"][0].weight.clone()
     with torch.no_grad():
         heads["q_heads"][0].weight.add_(1)
@@ -388,8 +388,8 @@ def test_resume_is_bit_for_bit_and_the_export_evaluates_alike(tiny, tmp_path):
     [again] = read_rows(tmp_path / "c", "eval")
     last = read_rows(tmp_path / "a", "eval")[-1]
     assert all(again[name] == x for name, x in last.items() if name.startswith("eval_"))
-    heads = ilql.make_heads(decoder.config, ilql.Args(seed=5), torch.float32, torch.device("cpu"))
-    load_heads(folder, heads)
+    heads = ilql.make_heads(decoder.config, ilql.Args(seed=5), torch.float32, init_mesh())
+    load_heads(folder, heads, init_mesh())
     assert torch.equal(heads["q_heads"][0].weight, a["q_heads.0.weight"])
 
 

@@ -1,0 +1,460 @@
+"""Every layout against one process: a step of each script, gradients compared in full; generation token by token."""
+
+import hashlib
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ilql
+import ppo
+import reward_model
+import sft
+from kernels.linear_logprobs import linear_logprobs
+from parallel.checkpoint import load_decoder, save_decoder
+from parallel.collectives import Pending, _Conjugate, all_gather, reduce_from_tp, reduce_scatter, traffic
+from parallel.data import Example, pack_batch, pad_batch
+from parallel.data_parallel import data_parallel
+from parallel.families import config_from_hf
+from parallel.generation import Sampling, generate
+from parallel.mesh import Layout, init_mesh
+from parallel.model import Decoder, ScalarHead
+from parallel.optim import AdamW, clip_grad_norm
+from parallel.pipeline import forward_backward
+from parallel.tensor import Placement, fill_local, full_tensor, padded_vocab_size, placements
+from tests.ranks import run_ranks
+from tests.scripts import make_tiny_model, read_rows, run
+
+VOCAB = 131  # divides by nothing
+SIZES = dict(vocab_size=VOCAB, num_hidden_layers=2, hidden_size=48, num_attention_heads=8, max_position_embeddings=64)
+LLAMA = dict(**SIZES, intermediate_size=56, num_key_value_heads=2)
+CASES = {
+    "gpt2": dict(
+        model_type="gpt2",
+        vocab_size=VOCAB,
+        bos_token_id=None,
+        eos_token_id=5,
+        n_layer=2,
+        n_embd=48,
+        n_head=8,
+        n_positions=64,
+    ),
+    "gpt_neox": dict(model_type="gpt_neox", **SIZES, intermediate_size=56),
+    "llama": dict(model_type="llama", **LLAMA, attention_bias=True),
+    "qwen3": dict(model_type="qwen3", **LLAMA, head_dim=16, tie_word_embeddings=True),
+}
+SCRIPTS = ("sft", "ppo", "reward_model", "ilql")
+DTYPES = {"float32": (1e-6, 5e-6), "float64": (1e-13, 1e-12)}  # tolerance of the loss, and of a gradient
+LENGTHS = (9, 2, 17, 5, 30, 3, 12, 8)  # tokens of the batch's sequences
+NUM_PROMPT = (4, 1, 8, 4, 3, 1, 11, 2)  # those before the response, which may be a single token
+
+
+def draw(module, mesh, seed=0):
+    """Fills a module's parameters with numbers that do not depend on the layout."""
+    placed = placements(module)
+    for name, parameter in module.named_parameters():
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        full = 0.1 * torch.randn(placed[name].full_shape(parameter.shape), generator=generator, dtype=torch.float64)
+        fill_local(parameter, full + (parameter.dim() == 1 and "norm" in name), placed[name], mesh.tp)
+
+
+def sequences(seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def random_like(mask, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(mask.shape, generator=generator, dtype=torch.float64) * mask
+
+
+def make_sft(config, mesh, dtype, size):
+    """Roles, this rank's micro-batches of `size` sequences, and the loss function of a step; so for every script."""
+    policy = Decoder(config, mesh, dtype)
+    examples = [Example(ids, [t >= n for t in range(len(ids))]) for ids, n in zip(sequences(), NUM_PROMPT, strict=True)]
+    for example in examples[:2]:  # a micro-batch, and on eight ranks two of them, without loss
+        example.loss_mask = [False] * len(example.loss_mask)
+    num_tokens = sum(sum(example.loss_mask) for example in examples)
+    microbatches = sft.make_microbatches(share(examples, mesh), sft.Args(microbatch_size=size), mesh.device)
+    return {"policy": policy}, microbatches, partial(sft.sft_loss, policy=policy, num_tokens=num_tokens)
+
+
+def make_ppo(config, mesh, dtype, size):
+    roles = {"policy": Decoder(config, mesh, dtype), "value_head": ScalarHead(config.hidden_size, mesh, dtype)}
+    fields, seq_lens = pad_batch({"input_ids": sequences()})
+    position = torch.arange(fields["input_ids"].shape[1])
+    mask = (position >= torch.tensor(NUM_PROMPT)[:, None]) & (position < seq_lens[:, None])
+    fields["response_mask"] = mask
+    for i, name in enumerate(("old_logprobs", "advantages", "values", "returns")):
+        fields[name] = random_like(mask, i).to(dtype)
+    fields["old_logprobs"] = 0.1 * fields["old_logprobs"] - 4.9 * mask  # about the log-probability of a random token
+    microbatches = [
+        pack_batch(fields, seq_lens, rows) for rows in torch.tensor(share(range(len(LENGTHS)), mesh)).split(size)
+    ]
+    args = ppo.Args(entropy_coef=0.1, sampling=Sampling(temperature=0.7))
+    return roles, microbatches, partial(ppo.minibatch_loss, roles=roles, args=args, num_tokens=mask.sum())
+
+
+def make_reward_model(config, mesh, dtype, size):
+    roles = {
+        "reward_model": Decoder(config, mesh, dtype, lm_head=False),
+        "reward_head": ScalarHead(config.hidden_size, mesh, dtype),
+    }
+    both = zip(sequences(), reversed(sequences(seed=2)), strict=True)  # no text twice: its gradients would cancel
+    pairs = [reward_model.Pair(chosen, rejected, margin=len(chosen) / 100) for chosen, rejected in both]
+    microbatches = reward_model.make_microbatches(
+        share(pairs, mesh), reward_model.Args(microbatch_size=size), mesh.device
+    )
+    return roles, microbatches, partial(reward_model.pair_loss, roles=roles, num_pairs=len(pairs))
+
+
+def make_ilql(config, mesh, dtype, size):
+    args = ilql.Args(num_q_heads=2, microbatch_size=size)
+    heads = ilql.make_heads(config, args, dtype, mesh)
+    targets = heads.pop("target_q_heads")
+    draw(targets, mesh, seed=1)
+    dialogues = []
+    for i, (ids, n) in enumerate(zip(sequences(), NUM_PROMPT, strict=True)):
+        mask = torch.tensor([t >= n and (t - n) % 4 != 2 for t in range(len(ids))])  # every fourth is another's
+        last = mask.nonzero().max()
+        terminal = [t == last for t in range(len(ids))]
+        dialogues.append(ilql.Dialogue(ids, mask.tolist(), random_like(mask, i).tolist(), terminal))
+    num_actions = sum(sum(dialogue.action_mask) for dialogue in dialogues)
+    roles = {"policy": Decoder(config, mesh, dtype), **heads}
+    loss_fn = partial(ilql.ilql_loss, roles=roles, target_q_heads=targets, args=args, num_actions=num_actions)
+    return roles, ilql.make_microbatches(share(dialogues, mesh), args, mesh.device), loss_fn
+
+
+MAKE = dict(zip(SCRIPTS, (make_sft, make_ppo, make_reward_model, make_ilql), strict=True))
+
+
+def share(items, mesh):
+    size = len(items) // mesh.dp.size
+    return list(items)[mesh.dp.rank * size : (mesh.dp.rank + 1) * size]
+
+
+def half_step(case, script, dtype, layout, size):
+    """The model with its gradients, metrics and gradient norm, of a step with micro-batches of `size` sequences."""
+    mesh, dtype = init_mesh(layout), getattr(torch, dtype)
+    config = config_from_hf(CASES[case], "test")[0]
+    roles, microbatches, loss_fn = MAKE[script](config, mesh, dtype, size)
+    for module in roles.values():
+        draw(module, mesh)
+    model = data_parallel(roles, mesh, layout)
+    model.zero_grad()
+    metrics = forward_backward(model, list(microbatches), loss_fn)
+    return model, metrics, clip_grad_norm(model, 1.0, mesh)
+
+
+def step(*args):
+    """Metrics, gradient norm and all gradients in full shapes."""
+    model, metrics, norm = half_step(*args)
+    gradients = {}
+    for unit in model.units:
+        for i, (name, placement) in enumerate(zip(unit.names, unit.placements, strict=True)):
+            gradients[unit.name, name] = full_tensor(unit.view(unit.flat_grad, i), placement, model.mesh.tp).clone()
+    return metrics, norm, gradients
+
+
+def worst_difference(actual, expected):
+    """Largest difference of a gradient, relative to the largest entry of its unit, and the parameter's name."""
+    assert actual.keys() == expected.keys()
+    largest: dict[str, float] = {}
+    for (unit, _), gradient in expected.items():
+        largest[unit] = max(largest.get(unit, 0.0), gradient.abs().max().item())
+    differences = {
+        name: (actual[unit, name] - gradient).abs().max().item() / largest[unit]
+        for (unit, name), gradient in expected.items()
+    }
+    return max((x, name) for name, x in differences.items())
+
+
+NOTHING = Pending(None, None, "")
+SHARED, COUNTED = "parallel.tensor.Placement.shared_intervals", "parallel.data_parallel.Unit.counted_slices"
+
+
+def gather_and_sum(x, axis):
+    """The gather of sharded consumers, whose gradients are summed, where they are replicated."""
+    return _Conjugate.apply(x, lambda x: all_gather(x, axis), lambda grad: reduce_scatter(grad, axis))
+
+
+def from_the_first_shard(*args, vocab_start, **kwargs):
+    return linear_logprobs(*args, vocab_start=0, **kwargs)
+
+
+def biased_row(self, x, sharded_tokens=False):
+    return reduce_from_tp(self.product(x, self.bias), self.axis)
+
+
+def cover():
+    """(case, script, dtype, ranks, layout, sequences of a micro-batch): every pair of values of two of them."""
+    layouts = [(2, Layout(tp=2)), (2, Layout(tp=2, sequence_parallel=False)), (4, Layout(tp=4)), (4, Layout(tp=2))]
+    layouts += [(4, Layout(tp=4, sequence_parallel=False)), (8, Layout(tp=4)), (8, Layout(tp=8)), (8, Layout())]
+    layouts += [(8, Layout(tp=2, sequence_parallel=False))]
+    for i, (ranks, layout) in enumerate(layouts):
+        for j, case in enumerate(CASES):
+            if layout.tp <= 8:
+                script = SCRIPTS[(i + j) % 4]
+                dtype = "float64" if (i + 2 * j) % 3 == 0 else "float32"
+                yield case, script, dtype, ranks, layout, (1, 2, 8)[(i + j) % 3]
+
+
+def show(value):
+    return f"tp{value.tp}{'sp' * value.sequence_parallel}" if isinstance(value, Layout) else str(value)
+
+
+@pytest.mark.parametrize(("case", "script", "dtype", "ranks", "layout", "size"), list(cover()), ids=show)
+def test_step_equals_one_process(case, script, dtype, ranks, layout, size):
+    results = run_ranks(ranks, step, case, script, dtype, layout, size)
+    expected_metrics, expected_norm, expected = step(case, script, dtype, Layout(), 8)
+    loss_tol, grad_tol = DTYPES[dtype]
+    for metrics, norm, gradients in results:
+        for name, value in expected_metrics.items():
+            assert abs(metrics[name] - value) <= 1e-6 * max(1, abs(value)), (name, metrics[name], value)
+        assert abs(metrics["loss"] - expected_metrics["loss"]) <= loss_tol * max(1, abs(expected_metrics["loss"]))
+        assert norm == pytest.approx(expected_norm, rel=loss_tol)
+        worst, name = worst_difference(gradients, expected)
+        assert worst <= grad_tol, (name, worst)
+
+
+def sample(case, dtype, layout, sampling, fold=1):
+    """Tokens and log-probabilities of a generation, and those that training computes of the same tokens."""
+    mesh = init_mesh(layout)
+    policy = Decoder(config_from_hf(CASES[case], "test")[0], mesh, getattr(torch, dtype))
+    draw(policy, mesh)
+    prompts = [ids[:n] for ids, n in zip(sequences(), NUM_PROMPT, strict=True)]
+    generation = generate(
+        policy,
+        prompts,
+        sampling,
+        eos_ids=[5],
+        sample_ids=list(range(8)),
+        seed=3,
+        num_ids=VOCAB - 2,
+        num_slots=4,
+    )
+    return generation.input_ids, generation.logprobs, generation.finished
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=20), Sampling(temperature=0, max_new_tokens=20)])
+def test_generation_equals_one_process(case, ranks, sampling):
+    for dtype in ("float32", "float64"):
+        expected_ids, expected_logprobs, expected_finished = sample(case, dtype, Layout(), sampling)
+        assert len(set(expected_ids.flatten().tolist())) > 20
+        for ids, logprobs, finished in run_ranks(ranks, sample, case, dtype, Layout(tp=ranks), sampling):
+            assert torch.equal(ids, expected_ids) and torch.equal(finished, expected_finished)
+            torch.testing.assert_close(logprobs, expected_logprobs, rtol=0, atol=1e-5 if dtype == "float32" else 1e-12)
+
+
+def test_truncated_sampling_equals_one_process():
+    sampling = Sampling(max_new_tokens=20, top_k=40, top_p=0.8, temperature=1.3)
+    expected = sample("llama", "float32", Layout(), sampling)[0]
+    for ids, _, _ in run_ranks(4, sample, "llama", "float32", Layout(tp=4), sampling):
+        assert torch.equal(ids, expected)
+
+
+# --- bugs that are caught --------------------------------------------------------------------------------------------
+
+BUGS = {  # what is replaced by what; on a layout where it matters
+    "no sum behind a column": (4, "llama", False, "parallel.tensor.all_reduce_async_", lambda x, axis: NOTHING),
+    "no sum behind a row": (2, "gpt2", False, "parallel.tensor.reduce_from_tp", lambda x, axis: x),
+    "no sum before the head": (2, "gpt2", True, "parallel.tensor.copy_to_tp", lambda x, axis: x),
+    "partial gradients forgotten": (2, "gpt_neox", True, "parallel.data_parallel.sum_partial_gradients", lambda *_: 0),
+    "norms of heads taken as whole": (2, "qwen3", False, "parallel.model.Placement", lambda **_: Placement()),
+    "shared key/value heads forgotten": (4, "llama", True, SHARED, lambda self, size: []),
+    "norm counted on every rank": (2, "gpt2", True, COUNTED, lambda self, tp: [(0, len(self.flat))]),
+    "the whole gradient behind the gather": (2, "gpt2", True, "parallel.model.split_back", gather_and_sum),
+    "labels of the first shard": (2, "gpt2", False, "parallel.tensor.linear_logprobs", from_the_first_shard),
+    "bias of a row on every rank": (2, "gpt2", False, "parallel.tensor.RowParallelLinear.forward", biased_row),
+}
+
+
+def step_with_bug(bug, script):
+    ranks, case, sequence_parallel, target, replacement = BUGS[bug]
+    with mock.patch(target, replacement):
+        return step(case, script, "float64", Layout(tp=ranks, sequence_parallel=sequence_parallel), 4)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug):
+    ranks, case, *_ = BUGS[bug]
+    _, expected_norm, expected = step(case, "sft", "float64", Layout(), 8)
+    caught = 0.0
+    for _, norm, gradients in run_ranks(ranks, step_with_bug, bug, "sft"):
+        caught = max(caught, worst_difference(gradients, expected)[0], abs(norm / expected_norm - 1))
+    assert caught >= 1e-3
+
+
+# --- traffic ---------------------------------------------------------------------------------------------------------
+
+
+def traffic_of_step(case, layout):
+    before = Counter(traffic())
+    half_step(case, "sft", "float32", layout, 8)
+    return {key: n - before[key] for key, n in traffic().items() if key[0] == "tp" and n > before[key]}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_traffic_is_its_closed_form(case, tp, sequence_parallel):
+    """Bytes of one micro-batch in float32, as a ring sends them: all-reduce 2 (tp - 1) / tp, the others half of it."""
+    layout = Layout(tp=tp, sequence_parallel=sequence_parallel)
+    config = config_from_hf(CASES[case], "test")[0]
+    _, [microbatch], _ = make_sft(config, init_mesh(), torch.float32, 8)
+    tokens = microbatch["input_ids"].numel()
+    tokens += -tokens % tp if sequence_parallel else 0
+    scored = int(microbatch["loss_mask"].sum())
+    hidden, layers = config.hidden_size, config.num_layers
+    activations, heads = tokens * hidden * 4, 4 * scored + scored * hidden  # the heads': 4 numbers and a state a token
+    vectors = (1 + 2 * layers) * (2 if config.norm == "layernorm" else 1) * hidden
+    vectors += layers * hidden * (config.attn_out_bias + config.ffn_bias)
+    vectors += config.max_seq_len * hidden * config.learned_positions
+    partial_sums = vectors if sequence_parallel else 0
+    partial_sums += layers * 2 * config.head_dim * config.qk_norm
+    if tp > config.num_kv_heads:  # keys and values, as if every rank had all heads
+        partial_sums += layers * 2 * config.num_kv_heads * config.head_dim * (hidden + config.qkv_bias)
+    norm_of_all = 8
+    expected = {("tp", "all_reduce"): 2 * (heads * 4 + partial_sums * 4 + norm_of_all)}
+    if sequence_parallel:
+        expected["tp", "all_gather"] = (6 * layers + 2) * activations
+        expected["tp", "reduce_scatter"] = (4 * layers + 1) * activations
+    else:
+        expected["tp", "all_reduce"] += 2 * (4 * layers + 1) * activations
+    expected = {key: n * (tp - 1) // tp for key, n in expected.items()}
+    for found in run_ranks(tp, traffic_of_step, case, layout):
+        assert found == expected
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def load_and_save(source, target, layout):
+    mesh = init_mesh(layout)
+    decoder = load_decoder(str(source), mesh, torch.float32)
+    save_decoder(decoder, target, mesh)
+    return decoder.num_parameters, matrix_entries(decoder)
+
+
+def matrix_entries(decoder):
+    return sum(p.numel() for p in decoder.layers.parameters() if p.dim() == 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_folders_are_read_and_written_in_parts(case, tmp_path):
+    """What four ranks write is what they read, and each held a quarter of the matrices."""
+    decoder = Decoder(config_from_hf(CASES[case], "test")[0], init_mesh())
+    decoder.hf_config = {**CASES[case], "architectures": ["x"]}
+    draw(decoder, init_mesh())
+    save_decoder(decoder, tmp_path / "one", init_mesh())
+    found = run_ranks(4, load_and_save, tmp_path / "one", tmp_path / "four", Layout(tp=4))
+    for num_parameters, held in found:
+        assert num_parameters == decoder.num_parameters and held < 0.3 * matrix_entries(decoder)
+    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
+    assert one.keys() == four.keys() and all(torch.equal(one[name], four[name]) for name in one)
+
+
+def train_a_little(case, layout, tensors, num_steps):
+    """State after some steps from `tensors` on (None: from the start), and the loss of each step."""
+    mesh = init_mesh(layout)
+    config = config_from_hf(CASES[case], "test")[0]
+    roles, microbatches, loss_fn = make_ilql(config, mesh, torch.float32, 4)
+    for module in roles.values():
+        draw(module, mesh)
+    model = data_parallel(roles, mesh, layout)
+    optimizer = AdamW(model, lr=1e-3, weight_decay=0.1)
+    if tensors is not None:
+        model.load_state_dict(tensors)
+        optimizer.load_state_dict(tensors)
+    microbatches, losses = list(microbatches), []
+    for _ in range(num_steps):
+        model.zero_grad()
+        losses.append(forward_backward(model, microbatches, loss_fn)["loss"])
+        clip_grad_norm(model, 1.0, mesh)
+        optimizer.step()
+    return {name: x.clone() for name, x in {**model.state_dict(), **optimizer.state_dict()}.items()}, losses
+
+
+@pytest.mark.parametrize("case", ["gpt2", "qwen3"])
+def test_state_goes_on_under_another_layout(case):
+    """Three steps on one process, the next twenty on it and, from its state, on others, and back."""
+    layouts = {2: Layout(tp=2), 4: Layout(tp=4, sequence_parallel=False)}
+    start, _ = train_a_little(case, Layout(), None, 3)
+    _, expected = train_a_little(case, Layout(), start, 20)
+    for ranks, layout in layouts.items():
+        for _, losses in run_ranks(ranks, train_a_little, case, layout, start, 20):
+            assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        state, _ = run_ranks(ranks, train_a_little, case, layout, None, 3)[0]
+        assert state.keys() == start.keys()
+        assert train_a_little(case, Layout(), state, 20)[1] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_vocabulary_is_padded_for_every_shard():
+    assert [padded_vocab_size(VOCAB, n) for n in (1, 2, 4)] == [256, 256, 512]
+
+
+def test_a_model_that_does_not_divide_is_refused():
+    config = config_from_hf(CASES["llama"], "test")[0]
+    with pytest.raises(ValueError, match="--layout.tp 3 does not divide 8 heads, 2 key/value heads.*takes 1, 2, 4, 8"):
+        config.shard(3)
+    with pytest.raises(ValueError, match="does not divide"):
+        replace(config, ffn_size=50).shard(4)
+
+
+# --- the scripts -----------------------------------------------------------------------------------------------------
+
+SHORT = {
+    "ppo": ("--batch-size", 16, "--minibatch-size", 8, "--microbatch-size", 2, "--eval-samples", 20, "--kl-coef", 0.1),
+    "sft": ("--batch-size", 8, "--max-steps", 4),
+    "reward_model": ("--batch-size", 8, "--max-steps", 4),
+    "ilql": ("--batch-size", 8, "--max-steps", 4, "--eval-samples", 20, "--advantage-scales", 0, 2),
+}
+COUNTED_REWARD = """
+import os
+
+def reward(samples):
+    with open("calls.txt", "a") as file:
+        file.write(f"{os.environ.get('RANK', 0)} {len(samples)}\\n")
+    return [sum(letter < "k" for letter in s.response) / max(len(s.response), 1) for s in samples]
+"""
+VARYING = re.compile("seconds|tokens_per_second|rollout_mismatch|log_ratio")
+
+
+@pytest.mark.parametrize("script", SHORT)
+def test_scripts_run_alike_under_another_layout(script, tmp_path):
+    """Rows of metrics and the trained model of one process, of two ranks and of two times two."""
+    model = make_tiny_model(tmp_path / "tiny")
+    (tmp_path / "mine.py").write_text(COUNTED_REWARD)
+    flags = ["--model", model, *SHORT[script]]
+    flags += ["--reward", "mine.py:reward"] if script in ("ppo", "ilql") else []
+    flags += ["--max-iterations", 2, "--eval-every", 2] if script == "ppo" else ["--eval-every", 4]
+    layouts = {"one": (1, ()), "tp": (2, ("--layout.tp", 2)), "both": (4, ("--layout.tp", 2))}
+    runs = {}
+    for name, (ranks, layout) in layouts.items() if script == "ppo" else list(layouts.items())[:2]:
+        status, out, err = run(f"{script}.py", *flags, *layout, "--output-dir", name, cwd=tmp_path, ranks=ranks)
+        assert status == 0, err
+        runs[name] = read_rows(tmp_path / name) + read_rows(tmp_path / name, "eval")
+        runs[name].append(load_file(tmp_path / name / "model/model.safetensors"))
+        if script == "ppo":
+            calls = [tuple(map(int, line.split())) for line in (tmp_path / "calls.txt").read_text().splitlines()]
+            (tmp_path / "calls.txt").unlink()
+            assert {rank for rank, _ in calls} == {"one": {0}, "tp": {0}, "both": {0, 2}}[name]
+            assert sum(number for _, number in calls) == 2 * (20 + 20) + 2 * 16
+    *expected_rows, expected_weights = runs.pop("one")
+    for *rows, weights in runs.values():
+        for row, expected in zip(rows, expected_rows, strict=True):
+            for key, value in expected.items():
+                if isinstance(value, float) and not VARYING.search(key):
+                    assert row[key] == pytest.approx(value, rel=2e-5, abs=2e-6), key
+                elif key == "rollout_hash":
+                    assert row[key] == value
+        for name, weight in expected_weights.items():
+            assert (weights[name] - weight).abs().max() <= 1e-4, name
