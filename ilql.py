@@ -16,8 +16,8 @@ No gradient flows through y, through Q' or through the weight in (5). Sampling a
 
     a ~ softmax((log pi(. | s) + advantage_scale (min_i Q'_i(s, .) - V(s))) / temperature)                     (8)
 
-where V(s) cancels. A Q value is a logit of its head, so (2) and (4) come from one pass that never stores
-[tokens, vocab]; Q' of the data's tokens gathers rows of the head instead.
+where V(s) cancels. A Q value is a logit of its head, so (2) and (4) come from one pass that holds a
+[tokens, vocab] tensor of 32 MiB at most; Q' of the data's tokens gathers rows of the head instead.
 
 Sources: Snell et al. 2022 (arXiv 2206.11871); Kostrikov et al. 2021 (2110.06169, eq. 5: expectiles); Kumar et al. 2020
 (2006.04779, eq. 4: CQL); Nair et al. 2020 (2006.09359: AWAC); trlX (Havrilla et al. 2023). Differs from trlX: targets
@@ -55,7 +55,7 @@ from parallel.data import (
     rows_at,
     split_turns,
 )
-from parallel.data_parallel import data_parallel
+from parallel.data_parallel import data_parallel, saved_tensor
 from parallel.generation import EVALUATION, Sampling, generate, lm_logits, stop_at
 from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
@@ -63,9 +63,12 @@ from parallel.pipeline import forward_backward
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
 from parallel.tensor import (
+    fill_local,
+    full_tensor,
     hidden_before,
     padded_vocab_size,
     place_vocab,
+    placements,
     vocab_parallel_logits,
     vocab_parallel_logprobs,
     vocab_parallel_target,
@@ -152,6 +155,10 @@ class Args:
             raise ValueError(f"--expectile {self.expectile} is not between 0 and 1; 0.5 is the mean")
         if not 0 < self.target_update_rate <= 1:
             raise ValueError(f"--target-update-rate {self.target_update_rate} is not in (0, 1]; 1 copies the Q heads")
+        if not all(map(math.isfinite, self.advantage_scales)) or not self.advantage_scales:
+            raise ValueError(f"--advantage-scales {self.advantage_scales} should be finite numbers, at least one")
+        if len({f"{scale:g}" for scale in self.advantage_scales}) < len(self.advantage_scales):
+            raise ValueError(f"--advantage-scales {self.advantage_scales} holds a scale twice")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,9 +206,7 @@ def read_dialogues(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> l
         if isinstance(rewards, list) != is_dense:
             kinds = f"{rewards!r:.40} is given, and {given[0]!r:.40} for {rows[0].where}"
             raise ValueError(f"{row.where}: {kinds}: all rewards are numbers, or all are lists")
-    if not is_dense:
-        given = standardise(given)
-    dialogues, long = [], []
+    kept, long = [], []
     examples = join_parts(rows, parts_of, is_action, tokenizer, add_bos, add_eos=True)
     for row, example, rewards in zip(rows, examples, given, strict=True):
         actions = [t for t, is_action in enumerate(example.loss_mask) if is_action]
@@ -209,36 +214,46 @@ def read_dialogues(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> l
             raise ValueError(f"{row.where}: the dialogue holds no action: the assistant says nothing")
         if actions[0] == 0:
             raise ValueError(f"{row.where}: nothing stands before the first action: give a prompt or a tokenizer's BOS")
+        where = actions[-1:]  # of a return
+        if is_dense:
+            where = example.ends if "messages" in row else actions
+            if len(rewards) != len(where):
+                what = "turns of the assistant" if "messages" in row else "tokens in the response, its EOS included"
+                raise ValueError(f"{row.where}: {len(rewards)} rewards for {len(where)} {what}")
+            if None in where:
+                raise ValueError(f"{row.where}: a turn of the assistant has no token that its reward could lie on")
         if len(example.input_ids) > max_len:
             long.append(f"{row.where} has {len(example.input_ids)} tokens")
-            continue
-        where = actions[-1:]  # of a return
-        if is_dense and "messages" in row:
-            where = [t for t, after in zip(actions, [*actions[1:], -1], strict=True) if after != t + 1]  # ends of turns
-        elif is_dense:
-            where = actions
-        values = rewards if is_dense else [rewards]
-        if len(values) != len(where):
-            what = "turns of the assistant" if "messages" in row else "tokens in the response, its EOS included"
-            raise ValueError(f"{row.where}: {len(values)} rewards for {len(where)} {what}")
-        placed = [0.0] * len(example.input_ids)
-        for t, value in zip(where, values, strict=True):
-            placed[t] = float(value)
-        terminal = [t == actions[-1] for t in range(len(placed))]
-        dialogues.append(Dialogue(example.input_ids, example.loss_mask, placed, terminal))
+        else:
+            kept.append((example, where, rewards))
     if long:
         message = f"{len(long)} of {len(rows)} dialogues longer than {max_len} tokens left out: {long[0]}"
-        if not dialogues:
+        if not kept:
             raise ValueError(f"{message}; none is left: give a model with a longer context or shorter dialogues")
         warn(message)
+    all_rewards = [rewards for _, _, rewards in kept]
+    if is_dense:
+        if not any(value for rewards in all_rewards for value in rewards):
+            raise ValueError(
+                f"all rewards of {len(kept)} dialogues are 0: there is nothing better or worse to learn from"
+            )
+    else:
+        all_rewards = [[value] for value in standardise(all_rewards)]
+    dialogues = []
+    for (example, where, _), rewards in zip(kept, all_rewards, strict=True):
+        placed = [0.0] * len(example.input_ids)
+        for t, value in zip(where, rewards, strict=True):
+            placed[t] = float(value)
+        last = max(t for t, is_action in enumerate(example.loss_mask) if is_action)
+        terminal = [t == last for t in range(len(placed))]
+        dialogues.append(Dialogue(example.input_ids, example.loss_mask, placed, terminal))
     return dialogues
 
 
 def check_rewards(row: Row, rewards) -> None:
     """Raises ValueError unless a row's reward is a finite number or a list of such."""
     for value in rewards if isinstance(rewards, list) else [rewards]:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{row.where}: its reward holds {value!r:.40}, not a finite number")
+        row.number(value, "its reward holds")
     if rewards == []:
         raise ValueError(f"{row.where}: its list of rewards is empty")
 
@@ -428,9 +443,11 @@ def evaluation_prompts(rows: list[Row]) -> list[Row]:
         if "messages" in row:
             turns = row["messages"]
             first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
-            fields = {"messages": turns[:first]}
+            fields = {**row, "messages": turns[:first]}
         else:
-            fields = {name: x for name, x in row.items() if name not in ("response", "reward")}
+            fields = dict(row)
+        for name in ("response", "reward", "rewards"):
+            fields.pop(name, None)
         prompts.setdefault(str(fields), Row(fields, row.where))
     return list(prompts.values())[:256]
 
@@ -481,16 +498,20 @@ def main(args: Args) -> None:
     prompt_source = load_rows(args.eval_data) if args.eval_data else evaluation_prompts(rows)
     room = policy.config.max_seq_len - args.sampling.max_new_tokens
     eval_prompts = prompt_rows(prompt_source, tokenizer, 0, room, args.bos)
-    reward = make_reward(args.reward, SampleContext(mesh, tokenizer, eos, args.bos, dtype)) if args.reward else None
+    longest = max(len(row.prompt_ids) for row in eval_prompts) + args.sampling.max_new_tokens
+    context = SampleContext(mesh, tokenizer, eos, args.bos, dtype, longest)
+    reward = make_reward(args.reward, context) if args.reward else None
 
     # where a resumed run goes on
     targets = {f"target_q_heads.{name}": p for name, p in target_q_heads.named_parameters()}
+    placed = {f"target_q_heads.{name}": x for name, x in placements(target_q_heads).items()}
     state = Progress()
     saved = run.load_checkpoint()
     if saved is not None:
         tensors, meta = saved
         for name, p in targets.items():
-            p.copy_(tensors.pop(name))
+            fill_local(p, saved_tensor(tensors, name, placed[name].full_shape(p.shape)), placed[name], mesh.tp)
+            tensors.pop(name)
         model.load_state_dict(tensors)
         optimizer.load_state_dict(tensors)
         state = Progress(**meta["progress"])
@@ -515,7 +536,8 @@ def main(args: Args) -> None:
     )
 
     def save_checkpoint():
-        tensors = {**model.state_dict(), **optimizer.state_dict(), **targets}
+        tensors = {**model.state_dict(), **optimizer.state_dict()}
+        tensors |= {name: full_tensor(p, placed[name], mesh.tp) for name, p in targets.items()}
         meta = {"progress": vars(state)}
         save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
 

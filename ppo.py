@@ -595,7 +595,8 @@ def main(args: Args) -> None:
     eval_prompts = prompts[:256]
     if args.eval_data:
         eval_prompts = prompt_rows(load_rows(args.eval_data), tokenizer, args.prompt_tokens, room, args.bos)
-    reward = make_reward(args.reward, SampleContext(mesh, tokenizer, eos, args.bos, dtype))
+    longest = max(len(row.prompt_ids) for row in prompts + eval_prompts) + args.sampling.max_new_tokens
+    reward = make_reward(args.reward, SampleContext(mesh, tokenizer, eos, args.bos, dtype, longest))
     stop_fn = stop_at(tokenizer, args.sampling.stop)
 
     # where a resumed run goes on

@@ -45,6 +45,7 @@ from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
 from tasks.baselines import bag_accuracy, count_wins, length_accuracy
 
+MIN_PROMPTS = 100  # below, a tenth of them says little, and single pairs are held out
 MAX_DEMONSTRATIONS = 1000  # chosen answers that stand in for --demonstrations
 CALIBRATION_BINS = 5  # of equal width, from probability 0.5 to 1
 
@@ -114,6 +115,7 @@ class Pair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     margin: float
+    prompt: str = ""  # tells pairs of one prompt from others
 
 
 def read_pairs(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> list[Pair]:
@@ -125,14 +127,28 @@ def read_pairs(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> list[
     sequences = encode_answers(answers, tokenizer, add_bos)
     pairs = []
     for row, chosen_ids, rejected_ids in zip(rows, sequences[0::2], sequences[1::2], strict=True):
-        margin = row.get("margin", 0.0)
-        if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-            raise ValueError(f"{row.where}: its `margin` is {margin!r:.40}, not a finite number")
+        margin = row.number(0.0 if row.get("margin") is None else row["margin"], "its `margin` is")
         if chosen_ids == rejected_ids:
             raise ValueError(f"{row.where}: `chosen` and `rejected` are the same tokens: there is nothing to prefer")
-        pairs.append(Pair(chosen_ids, rejected_ids, float(margin)))
+        prompt = shared_opening(row) if isinstance(row["chosen"], list) else row["prompt"]
+        pairs.append(Pair(chosen_ids, rejected_ids, margin, str(prompt)))
     lengths = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     return drop_long(pairs, lengths, rows, max_len, "pairs")
+
+
+def hold_out(pairs: list[Pair], seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and a tenth for evaluation: that of whole prompts, where there are at least MIN_PROMPTS."""
+    if len(pairs) == 1:
+        raise ValueError("one pair leaves nothing to hold out: give --eval-data, or more pairs")
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    keys = [pair.prompt for pair in pairs] if len(prompts) >= MIN_PROMPTS else list(range(len(pairs)))
+    units = list(dict.fromkeys(keys))
+    order = epoch_order(len(units), seed, 0)
+    rank = {units[i]: place for place, i in enumerate(order)}
+    num_held_out = math.ceil(len(units) / 10)
+    train = [pair for pair, key in sorted(zip(pairs, keys, strict=True), key=lambda x: rank[x[1]])]
+    split = sum(rank[key] < num_held_out for key in keys)
+    return train[split:], train[:split]
 
 
 def read_demonstrations(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> list[list[int]]:
@@ -161,13 +177,29 @@ def answer_row(row: Row, name: str) -> Row:
     if not both_given or isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
         raise row.misfit("`chosen` and `rejected`, both as strings or both as messages")
     if isinstance(row[name], list):
-        opening = row.get("prompt", [])
-        if not isinstance(opening, list):
-            raise ValueError(f"{row.where}: beside messages `prompt` should be messages too, or be left out")
-        return Row({"messages": opening + row[name]}, row.where)
-    if "prompt" not in row:
+        return Row({"messages": shared_opening(row) + row[name][-1:]}, row.where)
+    if row.get("prompt") is None:
         raise row.misfit("`prompt` before answers that are strings (it may be empty)")
     return Row({"prompt": row["prompt"], "completion": row[name]}, row.where)
+
+
+def shared_opening(row: Row) -> list:
+    """The messages before the last of `chosen` and `rejected`: those of `prompt`, if it is given, or their own.
+
+    A prompt that is a string, or that both lists repeat, is what stands in the lists already.
+    """
+    prompt = row.get("prompt")
+    openings = []
+    for name in ("chosen", "rejected"):
+        opening = row[name][:-1]
+        if isinstance(prompt, list) and opening[: len(prompt)] != prompt:
+            opening = prompt + opening
+        elif isinstance(prompt, str) and not opening:
+            raise ValueError(f"{row.where}: beside a single message `prompt` should be messages too")
+        openings.append(opening)
+    if openings[0] != openings[1]:
+        raise ValueError(f"{row.where}: `chosen` and `rejected` differ before their last message: no common prompt")
+    return openings[0]
 
 
 def encode_answers(rows: list[Row], tokenizer, add_bos: bool) -> list[list[int]]:
@@ -316,18 +348,13 @@ def main(args: Args) -> None:
     optimizer = AdamW(model, args.optim.lr, weight_decay=args.optim.weight_decay)
 
     # data
-    max_len = args.max_len or reward_model.config.max_seq_len
+    max_seq_len = reward_model.config.max_seq_len
+    max_len = min(args.max_len or max_seq_len, max_seq_len)
     train = read_pairs(load_rows(args.data), tokenizer, args.bos, max_len)
     if args.eval_data:
         held_out = read_pairs(load_rows(args.eval_data), tokenizer, args.bos, max_len)
-    elif len(train) > 1:
-        order, num_held_out = epoch_order(len(train), args.seed, 0), math.ceil(len(train) / 10)
-        held_out = [train[i] for i in order[:num_held_out]]
-        train = [train[i] for i in order[num_held_out:]]
     else:
-        raise ValueError(
-            f"one pair leaves nothing to hold out: give --eval-data, or more pairs than {args.data[0]} has"
-        )
+        train, held_out = hold_out(train, args.seed)
     demonstrations = [pair.chosen_ids for pair in train[:MAX_DEMONSTRATIONS]]
     if args.demonstrations:
         demonstrations = read_demonstrations(load_rows(args.demonstrations), tokenizer, args.bos, max_len)
@@ -370,7 +397,7 @@ def main(args: Args) -> None:
 
     def save_model(name):
         offset = score_all(roles, demonstrations, args, mesh).mean().item()  # eq. 3
-        save_reward_model(reward_model, reward_head, run.folder / name, mesh, tokenizer, offset)
+        save_reward_model(reward_model, reward_head, run.folder / name, mesh, tokenizer, offset, args.bos)
 
     def evaluate_now():
         metrics = evaluate(roles, held_out, args, mesh) | baselines

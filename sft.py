@@ -152,7 +152,7 @@ def main(args: Args) -> None:
     check_vocabulary(tokenizer, policy.config)
     model = data_parallel({"policy": policy}, mesh, args.layout)
     optimizer = AdamW(model, args.optim.lr, weight_decay=args.optim.weight_decay)
-    max_len = args.max_len or policy.config.max_seq_len
+    max_len = min(args.max_len or policy.config.max_seq_len, policy.config.max_seq_len)
     train = sft_examples(load_rows(args.data), tokenizer, args.bos, args.eos, max_len)
     held_out = (
         sft_examples(load_rows(args.eval_data), tokenizer, args.bos, args.eos, max_len) if args.eval_data else train

@@ -28,6 +28,7 @@ STATE, META = "state.safetensors", "meta.json"  # the files of a checkpoint
 HEADS = ("lm_head.weight", "embed_out.weight")  # transformers 5 holds GPT-NeoX's embed_out as lm_head
 # buffers that files of some families hold, and the head of a reward model
 IGNORED = re.compile(r"(\.attn(ention)?\.(masked_)?bias|rotary_emb\.inv_freq|^score\.weight)$")
+CLASSIFIER = "ForSequenceClassification"  # how the architecture of a reward model ends
 LM_HEAD = re.compile(r"^(lm_head|embed_out)\.(weight|bias)$")
 
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
@@ -43,6 +44,9 @@ def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype, lm_head: bool 
     folder = find_folder(path_or_id)
     hf_config = read_json(folder / "config.json")
     config, notes = config_from_hf(hf_config, f"{path_or_id}/config.json")
+    classifiers = [x for x in hf_config.get("architectures") or [] if str(x).endswith(CLASSIFIER)]
+    if lm_head and classifiers:
+        raise ValueError(f"{path_or_id} is a {classifiers[0]}: it scores texts and has no LM head to write any")
     if notes and mesh.is_logger:
         print(f"{path_or_id}: {', '.join(notes)}")
     decoder = Decoder(config, mesh, dtype, seed=None, lm_head=lm_head)
@@ -269,14 +273,14 @@ def write_heads(folder: Path, heads: dict[str, nn.Module], tensors: dict[str, di
 
 def holds_heads(folder: Path | str, role: str) -> bool:
     """Whether a model's folder holds this head beside its weights."""
-    path = Path(folder) / "heads.json"
+    path = find_folder(str(folder)) / "heads.json"
     return path.exists() and role in read_json(path)
 
 
 @torch.no_grad()
 def load_heads(folder: Path | str, heads: dict[str, nn.Module], mesh: Mesh) -> None:
     """Fills heads from a folder of `save_decoder`. Raises: FileNotFoundError, or ValueError naming the tensor."""
-    path = Path(folder) / "heads.safetensors"
+    path = find_folder(str(folder)) / "heads.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no heads.safetensors")
     tensors = load_file(path)

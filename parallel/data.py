@@ -6,7 +6,7 @@ A continuation's tokens are those that follow its prompt's own (`encode_parts`),
 is, id by id, what it is later asked to continue.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,8 @@ def render_row(row: Row, tokenizer, num_messages: int | None, add_generation_pro
     messages = row["messages"]
     if not isinstance(messages, list) or not messages or not all(is_message(m) for m in messages):
         raise ValueError(f"{row.where}: `messages` should be a list of objects with `role` and `content`, as strings")
+    for message in messages:
+        Row(message, row.where).text("content")
     try:
         return render_messages(messages[:num_messages], tokenizer, add_generation_prompt)
     except Exception as error:  # templates raise errors of their own, for roles that they do not know
@@ -200,6 +202,7 @@ class Example:
 
     input_ids: list[int]
     loss_mask: list[bool]
+    ends: list[int | None] = field(default_factory=list)  # last loss token of each learnt part; None: it has none
 
 
 def sft_examples(rows: list[Row], tokenizer, add_bos: bool, add_eos: bool, max_len: int) -> list[Example]:
@@ -245,27 +248,31 @@ def join_parts(rows: list[Row], parts_of, has_loss, tokenizer, add_bos: bool, ad
     """Each row's parts as one sequence; `sft_examples` says where BOS and EOS come from.
 
     Args: parts_of: for each row the strings that it is the concatenation of. has_loss: which of them are learnt.
+    Returns: `ends` holds for chats only.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     examples = []
     for row, ids_of, is_learnt in zip(rows, encode_parts(tokenizer, parts_of), has_loss, strict=True):
-        input_ids, loss_mask = [], []
+        input_ids, loss_mask, ends = [], [], []
         for ids, learnt in zip(ids_of, is_learnt, strict=True):
             end = len(ids)
             if "messages" in row and eos in ids:
                 end -= ids[::-1].index(eos)  # what follows the end of a turn is the template's
+            if learnt:
+                ends.append(len(input_ids) + end - 1 if end else None)
             input_ids += ids
             loss_mask += [learnt and i < end for i in range(len(ids))]
         begun, ended = input_ids[:1] == [bos], input_ids[-1:] == [eos]
         if "messages" in row:
             if begun and not add_bos:
                 input_ids, loss_mask = input_ids[1:], loss_mask[1:]
+                ends = [end and end - 1 for end in ends]
         else:
             if add_bos and bos is not None and not begun:
                 input_ids, loss_mask = [bos, *input_ids], [False, *loss_mask]
             if add_eos and eos is not None and not ended:
                 input_ids, loss_mask = [*input_ids, eos], [*loss_mask, True]
-        examples.append(Example(input_ids, loss_mask))
+        examples.append(Example(input_ids, loss_mask, ends))
     return examples
 
 

@@ -6,18 +6,18 @@ them. transformers has no place for a bias: what is to be subtracted from its sc
 
 import copy
 import itertools
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint import WeightFiles, find_folder, hf_tensors, load_decoder, write_model
+from parallel.checkpoint import CLASSIFIER, WeightFiles, find_folder, hf_tensors, load_decoder, write_model
 from parallel.data import pack_batch, pad_batch
 from parallel.files import read_json, write_folder
 from parallel.mesh import Mesh
 from parallel.model import Decoder, ScalarHead
 
-CLASSIFIER = "ForSequenceClassification"
 FAMILIES = {  # model_type -> what transformers' classes begin with
     "gpt2": "GPT2",
     "gptj": "GPTJ",
@@ -55,11 +55,18 @@ def read_scores(reward_model: nn.Module, reward_head: nn.Module, packed: dict[st
 
 
 def save_reward_model(
-    decoder: Decoder, head: ScalarHead, folder: Path | str, mesh: Mesh, tokenizer, reward_offset: float
+    decoder: Decoder,
+    head: ScalarHead,
+    folder: Path | str,
+    mesh: Mesh,
+    tokenizer,
+    reward_offset: float,
+    add_bos: bool = True,
 ) -> None:
     """Writes a folder that AutoModelForSequenceClassification opens as a model of one label, replacing one there.
 
     Args: decoder: without LM head. head: its bias is not written; whoever reads the folder subtracts reward_offset.
+        add_bos: whether the texts that it was trained on begin with the tokenizer's BOS.
     Communication: one barrier.
     """
     hf_config = decoder.hf_config
@@ -72,8 +79,11 @@ def save_reward_model(
         "architectures": [FAMILIES[hf_config["model_type"]] + CLASSIFIER],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
-        "pad_token_id": choose_pad_id(tokenizer.pad_token_id, hf_config.get("pad_token_id"), eos),
+        "pad_token_id": choose_pad_id(
+            tokenizer.pad_token_id, hf_config.get("pad_token_id"), eos, decoder.config.vocab_size
+        ),
         "reward_offset": reward_offset,
+        "add_bos": add_bos,
     }
 
     tensors = itertools.chain(hf_tensors(decoder), [("score.weight", head.weight.detach())])
@@ -88,14 +98,14 @@ def list_eos(*sources) -> set[int]:
     return {i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
 
 
-def choose_pad_id(tokenizer_pad: int | None, config_pad: int | None, eos: set[int]) -> int:
-    """The tokenizer's padding, or the config's, or the smallest id: the first of these that ends no text.
+def choose_pad_id(tokenizer_pad: int | None, config_pad: int | None, eos: set[int], vocab_size: int) -> int:
+    """The tokenizer's padding, or the config's, or the smallest id: the first that the model has and that ends no text.
 
     transformers reads the score from the last token that is not padding. Every text ends in an EOS, so any other id
     finds it, but with EOS as padding the token before it would be scored.
     """
     candidates = [tokenizer_pad, config_pad, *range(len(eos) + 1)]
-    return next(i for i in candidates if i is not None and i not in eos)
+    return next(i for i in candidates if i is not None and 0 <= i < vocab_size and i not in eos)
 
 
 def is_reward_model(path_or_id: str) -> bool:
@@ -130,6 +140,9 @@ def load_reward_model(path_or_id: str, mesh: Mesh, dtype: torch.dtype) -> tuple[
         raise ValueError(
             f"{path_or_id}: score.weight is {list(weight.shape)}, needed as {list(head.weight.shape)} finite numbers"
         )
+    offset = decoder.hf_config.get("reward_offset", 0.0)
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not math.isfinite(offset):
+        raise ValueError(f"{path_or_id}/config.json: its reward_offset is {offset!r:.40}, not a finite number")
     head.weight.copy_(weight)
-    head.bias.fill_(-decoder.hf_config.get("reward_offset", 0.0))
+    head.bias.fill_(-offset)
     return decoder, head

@@ -118,6 +118,8 @@ def reject_missing_folder(spec: str) -> None:
 
 # --- rows -----------------------------------------------------------------------------------------------------------
 
+MAX_NUMBER = 1e15  # of rewards and margins, so that sums of squares stay finite in float32
+
 
 class Row(dict):
     """The fields of one row, and where they were read: "prompts.jsonl, line 3"."""
@@ -129,6 +131,12 @@ class Row(dict):
     def misfit(self, needed: str) -> ValueError:
         """The error for a row that does not hold what is needed."""
         return ValueError(f"{self.where}: needs {needed}; it has {', '.join(self) or 'no fields'}")
+
+    def number(self, value, what: str) -> float:
+        """A field's value, or a part of one. Raises: ValueError unless it is a number whose square is one too."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
+            raise ValueError(f"{self.where}: {what} {value!r:.40}, which is not a number between +-{MAX_NUMBER:.0e}")
+        return float(value)
 
     def text(self, name: str) -> str:
         if not isinstance(self[name], str):

@@ -162,7 +162,7 @@ class Run:
 
     def __init__(self, script: str, args, mesh: Mesh):
         self.script, self.args, self.mesh = script, args, mesh
-        self.resuming = False
+        self.resuming = self.begun = False
         self.first_progress: tuple[float, int] | None = None  # time and iterations done at the first progress line
         self.trackers: list[Callable[[dict], None]] = []
         _process.store = mesh.world.store
@@ -205,7 +205,7 @@ class Run:
         return folder
 
     def begin(self) -> None:
-        """Writes args.json, and removes the run that --overwrite replaces: model, data and reward have been read."""
+        """Writes args.json, and removes the run that --overwrite replaces: there is a first result to put there."""
         if self.args.overwrite:
             for path in (self.folder / name for name in WRITTEN):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -286,15 +286,20 @@ class Run:
             say(text)
 
     def describe(self, lines: list[tuple[str, str]]) -> None:
-        """Begins to write, and prints the opening block: label and text of each line."""
-        on_logger(self.begin, f"cannot write into {self.folder}", self.mesh)
+        """Prints the opening block: label and text of each line."""
         for label, text in [("run", str(self.folder)), *lines]:
             self.note(f"{label:11}{text}")
 
     def log(self, row: dict) -> None:
-        """Appends a row to metrics.jsonl, a number that is not finite as null, and hands it to the trackers."""
+        """Appends a row to metrics.jsonl, a number that is not finite as null, and hands it to the trackers.
+
+        The first row of a process begins the run: before it, nothing in the folder changes.
+        """
+        if not self.begun:
+            self.begun = True
+            on_logger(self.begin, f"cannot write into {self.folder}", self.mesh)
         if self.mesh.is_logger:
-            row = {name: None if x != x or x in (math.inf, -math.inf) else x for name, x in row.items()}
+            row = finite_or_null(row)
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             for tracker in self.trackers:
@@ -327,7 +332,7 @@ class Run:
         if not self.mesh.is_logger or not rows:
             return
         with open(self.folder / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps({"iteration": iteration, **row}) + "\n" for row in rows)
+            file.writelines(json.dumps({"iteration": iteration, **finite_or_null(row)}) + "\n" for row in rows)
         chosen = rows[:: max(1, len(rows) // 8)][:8]
         for line in format_table(chosen, shutil.get_terminal_size((100, 0)).columns):
             say(line)
@@ -376,6 +381,11 @@ def check_flags(args, at_least: dict[str, float]) -> None:
             value = getattr(args, name)
             if not minimum <= value < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {value} should be a number of at least {minimum}")
+
+
+def finite_or_null(row: dict) -> dict:
+    """A row as JSON can hold it."""
+    return {name: None if x != x or x in (math.inf, -math.inf) else x for name, x in row.items()}
 
 
 def last_written(folder: Path) -> float:

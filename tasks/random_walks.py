@@ -168,7 +168,7 @@ def measure(walk: str, graph: Graph) -> float:
     """Optimality of a walk, given as the letters of its nodes."""
     start, num_nodes = walk[:1], walk.find(GOAL) + 1
     if start not in graph.shortest:
-        raise ValueError(f"a walk begins at one of the nodes {NODES}, not at {start!r}")
+        raise ValueError(f"a walk begins at one of the nodes {NODES}, not at {start!r}; --reward names another reward")
     path = walk[:num_nodes]
     if not path or any(b not in graph.successors.get(a, "") for a, b in zip(path, path[1:], strict=False)):
         return 0.0

@@ -57,6 +57,7 @@ class SampleContext:
     eos: list[int]  # every id that ends a response
     add_bos: bool = True
     dtype: torch.dtype = torch.float32
+    max_sample_len: int = 0  # tokens of the longest prompt and response
 
 
 def make_reward(spec: str, context: SampleContext | None = None, timeout: float = HTTP_TIMEOUT) -> Reward:
@@ -157,10 +158,13 @@ def make_samples(generation, prompts, tokenizer, eos, stop):
 
 
 def score_together(reward, samples, mesh):
-    """Scores of this replica's samples, which one of its ranks asks for; an error stops all ranks with its message."""
+    """Scores of this replica's samples; an error stops all ranks with its message.
+
+    One rank of the replica asks for them, except where the reward is a model that lies on all of its ranks.
+    """
     scores, error = [], None
     try:
-        if mesh.tp.rank == 0 and samples:
+        if samples and (mesh.tp.rank == 0 or getattr(reward, "lies_on_all_ranks", False)):
             scores = reward(samples)
     except ValueError as caught:
         error = caught
@@ -184,20 +188,28 @@ def make_model_reward(folder: str, context: SampleContext) -> Callable[[list[Sam
     check_vocabulary(tokenizer, reward_model.config, folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: its tokenizer has no EOS token, on which the scores lie")
-    same_tokenizer = give_equal_ids(tokenizer, context.tokenizer)
-    if not same_tokenizer and context.mesh.is_logger:
-        print(f"{folder} has another tokenizer than the policy: it scores the re-tokenised texts")
+    add_bos = reward_model.hf_config.get("add_bos", context.add_bos)  # as it was trained
+    same_bos = add_bos == context.add_bos or tokenizer.bos_token_id is None
+    same_ids = same_bos and give_equal_ids(tokenizer, context.tokenizer)
+    if not same_ids and context.mesh.is_logger:
+        print(f"{folder} has another tokenizer, or BOS, than the policy: it scores the re-tokenised texts")
     max_len = reward_model.config.max_seq_len
+    if same_ids and context.max_sample_len > max_len:
+        raise ValueError(
+            f"prompts and responses of up to {context.max_sample_len} tokens do not fit the {max_len} of the reward "
+            f"model {folder}: give shorter prompts or a smaller --sampling.max-new-tokens"
+        )
 
     def encode_sample(sample: Sample) -> list[int]:
         ended = bool(sample.response_ids) and sample.response_ids[-1] in context.eos
-        if same_tokenizer and (ended or not sample.finished):
-            ids = sample.prompt_ids + (sample.response_ids[:-1] if ended else sample.response_ids)
+        if same_ids and (ended or not sample.finished):
+            ids = sample.prompt_ids + sample.response_ids
         else:
             parts, row = [sample.prompt, sample.response], Row({}, "a sample")
-            [example] = join_parts([row], [parts], [[False, True]], tokenizer, context.add_bos, add_eos=False)
+            [example] = join_parts([row], [parts], [[False, True]], tokenizer, add_bos, add_eos=False)
             ids = example.input_ids
-        return [*ids, tokenizer.eos_token_id] if sample.finished else ids
+        # a turn may have ended by another id, which stays, as it did when the model was trained
+        return [*ids, tokenizer.eos_token_id] if sample.finished and ids[-1] != tokenizer.eos_token_id else ids
 
     @torch.no_grad()
     def score(samples: list[Sample]) -> list[float]:
@@ -217,6 +229,7 @@ def make_model_reward(folder: str, context: SampleContext) -> Callable[[list[Sam
                 scores[i] = value
         return scores
 
+    score.lies_on_all_ranks = True
     return score
 
 

@@ -16,13 +16,15 @@ from parallel.data_parallel import data_parallel
 from parallel.generation import Sampling, generate
 from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder
+from parallel.optim import AdamW
 from parallel.pipeline import forward_backward
 from parallel.rows import Row
 from parallel.run import launch
 from tasks.random_walks import make_tokenizer
 from tests.ranks import run_ranks
-from tests.scripts import assert_explained, make_tiny_model, read_rows, run, without_times
+from tests.scripts import assert_explained, make_tiny_model, read_rows, run, start, without_times
 from tests.test_generation import CONFIG
+from tests.test_scripts import kill_when
 
 SHORT = ("--batch-size", 8, "--microbatch-size", 4, "--eval-samples", 20, "--advantage-scales", 0, 10)
 
@@ -276,9 +278,11 @@ RATED = {"prompt": "b", "response": "ca", "reward": 1.0}
     [
         ({"prompt": "b", "response": "ca"}, "needs `prompt`, `response` and `reward`, or .*; it has prompt, response"),
         ({**RATED, "response": 3}, "`response` is 3, not a string"),
-        ({**RATED, "reward": "good"}, "its reward holds 'good', not a finite number"),
-        ({**RATED, "reward": float("nan")}, "its reward holds nan, not a finite number"),
+        ({**RATED, "reward": "good"}, "its reward holds 'good', which is not a number between"),
+        ({**RATED, "reward": float("nan")}, "its reward holds nan, which is not a number between"),
         ({**RATED, "reward": None}, "its reward holds None"),
+        ({**RATED, "reward": 10**400}, "its reward holds 1000"),
+        ({**RATED, "reward": 1e200}, r"its reward holds 1e\+200"),
         (
             {**RATED, "reward": [1, 2, 3]},
             r"\[1, 2, 3\] is given, and 0.0 for rated.jsonl, line 1: all rewards are numbers",
@@ -287,6 +291,7 @@ RATED = {"prompt": "b", "response": "ca", "reward": 1.0}
         ({"messages": [turn("assistant", "b")], "rewards": 1}, "start with the assistant"),
         ({"messages": [turn("user", "b")], "rewards": 1}, "none of its `messages` is the assistant's"),
         ({"messages": "b", "rewards": 1}, "`messages` should be a list"),
+        ({"messages": [turn("user", "b"), turn("assistant", "c\ud800")], "rewards": 1}, "half a surrogate pair"),
     ],
 )
 def test_read_dialogues_rejects(row, message):
@@ -309,16 +314,35 @@ def test_read_dialogues_rejects_data_sets(rows, message):
 
 
 def test_long_dialogues_are_named_and_left_out():
-    rows = rows_of(RATED, {**RATED, "reward": 0}, {**RATED, "response": "c" * 50})
+    """Before returns are standardised: those that are left have mean 0 and deviation 1, or are all equal."""
+    rows = rows_of(RATED, {**RATED, "reward": 0}, {**RATED, "response": "c" * 50, "reward": 7})
     with pytest.warns(UserWarning, match=r"1 of 3 dialogues longer than 20 .* left out: rated\.jsonl, line 3 has 52"):
-        assert len(ilql.read_dialogues(rows, make_tokenizer(), True, 20)) == 2
+        dialogues = ilql.read_dialogues(rows, make_tokenizer(), True, 20)
+    assert [sum(dialogue.rewards) for dialogue in dialogues] == [1, -1]
+    rows = rows_of(RATED, RATED, {**RATED, "response": "c" * 50, "reward": 7})
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="all 2 returns are 1"):
+        ilql.read_dialogues(rows, make_tokenizer(), True, 20)
+
+
+def test_rewards_lie_on_the_ends_of_turns():
+    """Also where no text stands between two turns of the assistant, and not on one that says nothing."""
+    chat = [turn("user", "b"), turn("assistant", "cd"), turn("assistant", "a")]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    [dialogue] = ilql.read_dialogues(rows_of({"messages": chat, "rewards": [1, 2]}), tokenizer, True, 20)
+    assert dialogue.action_mask == [False, True, True, True] and dialogue.rewards == [0, 0, 1, 2]
+    silent = [turn("user", "b"), turn("assistant", ""), turn("assistant", "a")]
+    with pytest.raises(ValueError, match="line 1: a turn of the assistant has no token"):
+        ilql.read_dialogues(rows_of({"messages": silent, "rewards": [1, 2]}), tokenizer, True, 20)
+    with pytest.raises(ValueError, match="all rewards of 1 dialogues are 0"):
+        ilql.read_dialogues(rows_of({"messages": chat, "rewards": [0, 0]}), tokenizer, True, 20)
 
 
 def test_prompts_are_those_of_the_data():
     chat = [turn("user", "b"), turn("assistant", "c"), turn("user", "d"), turn("assistant", "a")]
-    rows = rows_of(RATED, {**RATED, "reward": 0}, {"messages": chat, "rewards": 1})
+    rows = rows_of(RATED, {**RATED, "reward": 0}, {"messages": chat, "rewards": 1, "answer": "x"})
     prompts = ilql.evaluation_prompts(rows)
-    assert [dict(row) for row in prompts] == [{"prompt": "b"}, {"messages": chat[:1]}]
+    assert [dict(row) for row in prompts] == [{"prompt": "b"}, {"messages": chat[:1], "answer": "x"}]
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -357,15 +381,73 @@ def test_targets_are_synchronised_in_optimizer_steps(tiny, tmp_path):
         assert torch.equal(seventh[f"target_{name}"], sixth[name]) and not torch.equal(seventh[name], sixth[name])
 
 
+def run_here(monkeypatch, folder, *flags):
+    """ilql.py in this process, its run in folder/run."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.argv", ["ilql.py", "--output-dir", "run", *map(str, flags)])
+    launch(ilql.main, ilql.Args)
+
+
+def test_a_skipped_step_does_not_count_for_the_targets(tiny, tmp_path, monkeypatch):
+    """Of five steps the second is skipped, so every second one that is taken ends as number 3 and 5."""
+    taken, synced = [], []
+    monkeypatch.setattr(AdamW, "step", lambda self, scale: taken.append(len(taken) != 1) or taken[-1])
+    monkeypatch.setattr(ilql, "sync_targets", lambda *_: synced.append(len(taken)))
+    run_here(monkeypatch, tmp_path, *SHORT, "--model", tiny, "--max-steps", 5, "--target-sync-steps", 2)
+    assert synced == [3, 5] and read_rows("run")[-1]["skipped_steps"] == 1
+
+
+def test_the_best_evaluation_is_kept(tiny, tmp_path, monkeypatch):
+    scores, saved = [0.1, 0.5, 0.3, 0.7, 0.6], []
+    monkeypatch.setattr(ilql, "evaluate", lambda *_: ({"eval_score_scale_1": scores.pop(0)}, []))
+    monkeypatch.setattr(ilql, "save_decoder", lambda policy, folder, *_: saved.append((folder.name, len(scores))))
+    run_here(monkeypatch, tmp_path, *SHORT, "--model", tiny, "--max-steps", 4, "--eval-every", 1)
+    assert saved == [("best", 3), ("best", 1), ("model", 0)]
+
+
+def test_the_weight_of_cloning_is_clipped():
+    args, mesh = ilql.Args(awac_beta=1e6, num_q_heads=1), init_mesh()
+    roles, target_q_heads = make_roles(args, mesh)
+    [microbatch] = ilql.make_microbatches(make_dialogues(), args, mesh.device)
+    loss, metrics = ilql.ilql_loss(microbatch, roles, target_q_heads, args, int(microbatch["action_mask"].sum()))
+    assert loss.isfinite() and 5 < metrics["awac_weight"] < ilql.MAX_AWAC_WEIGHT <= 100
+
+
+def test_a_run_with_other_heads_is_not_gone_on_with(tiny, tmp_path, monkeypatch, capfd):
+    flags = (*SHORT, "--model", tiny, "--max-steps", 2, "--num-q-heads", 1)
+    run_here(monkeypatch, tmp_path, *flags)
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, tmp_path, *flags[:-1], 2, "--resume", "--allow-change", "num-q-heads")
+    assert "the checkpoint has no tensor target_q_heads.1.inner_weight" in capfd.readouterr().err
+
+
+def test_a_failing_reward_leaves_the_run_that_it_was_to_replace(tiny, tmp_path, monkeypatch, capfd):
+    (tmp_path / "mine.py").write_text("def fails(samples):\n    raise KeyError('answer')\n")
+    flags = (*SHORT, "--model", tiny, "--max-steps", 2)
+    run_here(monkeypatch, tmp_path, *flags)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, tmp_path, *flags, "--overwrite", "--reward", "mine.py:fails")
+    assert "KeyError" in capfd.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_reward_model_is_no_policy(tiny, tmp_path, monkeypatch, capfd):
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2ForSequenceClassification"]}))
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, tmp_path, *SHORT, "--model", tiny)
+    assert "is a GPT2ForSequenceClassification: it scores texts" in capfd.readouterr().err
+
+
 def test_resume_is_bit_for_bit_and_the_export_evaluates_alike(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     flags = (*SHORT, "--model", tiny, "--save-every", 2, "--eval-every", 3)
     status, _, err = run("ilql.py", *flags, "--max-steps", 6, "--output-dir", tmp_path / "a", cwd=tmp_path)
     assert status == 0, err
-    status, _, err = run("ilql.py", *flags, "--max-steps", 6, "--output-dir", tmp_path / "b", cwd=tmp_path)
-    for step in (6,):  # as if killed after step 4
-        (tmp_path / f"b/checkpoints/step-{step}").rename(tmp_path / "gone")
+    process = start("ilql.py", *flags, "--max-steps", 6, "--output-dir", tmp_path / "b", cwd=tmp_path)
+    kill_when(process, lambda: (tmp_path / "b/checkpoints/step-4").exists())
     status, _, err = run("ilql.py", *flags, "--max-steps", 6, "--output-dir", tmp_path / "b", "--resume", cwd=tmp_path)
     assert status == 0, err
     rows = [without_times([json.loads(line) for line in open(tmp_path / run_ / "metrics.jsonl")]) for run_ in "ab"]
@@ -390,19 +472,21 @@ def test_resume_is_bit_for_bit_and_the_export_evaluates_alike(tiny, tmp_path):
     assert all(again[name] == x for name, x in last.items() if name.startswith("eval_"))
     heads = ilql.make_heads(decoder.config, ilql.Args(seed=5), torch.float32, init_mesh())
     load_heads(folder, heads, init_mesh())
-    assert torch.equal(heads["q_heads"][0].weight, a["q_heads.0.weight"])
+    assert torch.equal(heads["q_heads"][0].weight[:23], a["q_heads.0.weight"])
 
 
 def test_two_ranks_run(tiny, tmp_path):
-    losses = []
+    losses, evaluations = [], []
     for ranks in (1, 2):
         folder = tmp_path / f"run-{ranks}"
         flags = (*SHORT, "--model", tiny, "--max-steps", 3, "--output-dir", folder)
         status, _, err = run("ilql.py", *flags, cwd=tmp_path, ranks=ranks)
         assert status == 0, err
         losses.append([row["loss"] for row in read_rows(folder)])
-        assert len(read_rows(folder, "eval")) == 2
+        evaluations.append((read_rows(folder, "eval"), (folder / "samples.jsonl").read_text()))
+        assert len(evaluations[-1][0]) == 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert evaluations[0] == evaluations[1]  # the same samples of the same prompts
 
 
 @pytest.mark.parametrize(
@@ -411,6 +495,8 @@ def test_two_ranks_run(tiny, tmp_path):
         (("--expectile", 1.5), "--expectile 1.5 is not between 0 and 1"),
         (("--target-update-rate", 0), "--target-update-rate 0.0 is not in"),
         (("--target-sync-steps", 0), "--target-sync-steps 0 should be a number of at least 1"),
+        (("--advantage-scales", "nan"), "should be finite numbers"),
+        (("--advantage-scales", 1, 1.0000001), "holds a scale twice"),
         (("--data", "{tmp}/walks.jsonl"), "line 1: needs `prompt`, `response` and `reward`"),
         (("--data", "{tmp}/equal.jsonl"), "all 2 returns are 1.0"),
     ],
@@ -418,7 +504,7 @@ def test_two_ranks_run(tiny, tmp_path):
 def test_ilql_rejects(flags, message, tiny, tmp_path, monkeypatch, capfd):
     (tmp_path / "walks.jsonl").write_text('{"prompt": "b", "completion": "ca"}\n')
     (tmp_path / "equal.jsonl").write_text((json.dumps(RATED) + "\n") * 2)
-    flags = [str(flag).format(tmp=tmp_path) for flag in (*flags, *SHORT)]
+    flags = [str(flag).format(tmp=tmp_path) for flag in (*SHORT, *flags)]
     monkeypatch.setattr("sys.argv", ["ilql.py", "--model", str(tiny), "--output-dir", str(tmp_path / "run"), *flags])
     with pytest.raises(SystemExit) as stopped:
         launch(ilql.main, ilql.Args)

@@ -272,7 +272,7 @@ def other_tokenizer():
 def test_pairs_end_in_the_eos_and_begin_with_the_bos():
     ids = {letter: i for i, letter in enumerate(NODES)}
     [pair] = read([{"prompt": "b", "chosen": "da", "rejected": "c", "margin": 2}])
-    assert pair == script.Pair([ids["b"], ids["d"], ids["a"], EOS], [ids["b"], ids["c"], EOS], 2.0)
+    assert pair == script.Pair([ids["b"], ids["d"], ids["a"], EOS], [ids["b"], ids["c"], EOS], 2.0, "b")
     for add_bos, start_ids in ((True, [0]), (False, [])):
         [pair] = read([{"prompt": "", "chosen": "a", "rejected": "b</s>"}], 64, add_bos, other_tokenizer())
         assert pair.chosen_ids == [*start_ids, 23, 1] and pair.rejected_ids == [*start_ids, 22, 1]
@@ -290,6 +290,32 @@ def test_messages_end_at_the_answers_eos():
     assert apart.chosen_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def test_openings_stand_once_and_alike():
+    """A prompt within both lists, before both, or as a string beside them (as many public sets have it)."""
+    opening, other = ([{"role": "user", "content": text}] for text in "be")
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "da"), ("rejected", "c"))}
+    both = {name: opening + answer for name, answer in answers.items()}
+    rows = [{**both}, {**both, "prompt": opening}, {**both, "prompt": "b"}, {**both, "prompt": None, "margin": None}]
+    pairs = read(rows)
+    assert len({str(pair) for pair in pairs}) == 1 and pairs[0].margin == 0
+    with pytest.raises(ValueError, match="line 1: `chosen` and `rejected` differ before their last message"):
+        read([{"chosen": both["chosen"], "rejected": other + answers["rejected"]}])
+    with pytest.raises(ValueError, match="line 1: beside a single message `prompt` should be messages"):
+        read([{**answers, "prompt": "b"}])
+
+
+def test_whole_prompts_are_held_out():
+    """Of many prompts a tenth with all of their pairs; of few ones single pairs; every pair on one side."""
+    rows = [{"prompt": f"{a}{b}", "chosen": "da", "rejected": c} for a in NODES for b in NODES[:10] for c in "ce"]
+    train, held_out = script.hold_out(read(rows), seed=3)
+    assert {pair.prompt for pair in train}.isdisjoint({pair.prompt for pair in held_out})
+    assert len(held_out) == 2 * 21 and len(train) + len(held_out) == len(rows)
+    few = read(rows[:60])
+    train, held_out = script.hold_out(few, seed=3)
+    assert len(held_out) == 6 and sorted(map(str, train + held_out)) == sorted(map(str, few))
+    assert script.hold_out(few, seed=4)[1] != held_out
+
+
 BAD_PAIRS = {  # case -> (second row, what the message must name beside its line)
     "equal": ({"prompt": "b", "chosen": "da", "rejected": "da"}, ["same tokens"]),
     "empty": ({"prompt": "b", "chosen": "da", "rejected": " "}, ["empty"]),
@@ -298,9 +324,10 @@ BAD_PAIRS = {  # case -> (second row, what the message must name beside its line
     "null": ({"prompt": "b", "chosen": "da", "rejected": None}, ["None", "not a string"]),
     "mixed": ({"prompt": "b", "chosen": "da", "rejected": [{"role": "assistant", "content": "c"}]}, ["both"]),
     "margin nan": ({"prompt": "b", "chosen": "da", "rejected": "c", "margin": math.nan}, ["margin", "nan"]),
+    "margin huge": ({"prompt": "b", "chosen": "da", "rejected": "c", "margin": 10**400}, ["margin", "1000"]),
     "margin text": ({"prompt": "b", "chosen": "da", "rejected": "c", "margin": "2"}, ["margin", "'2'"]),
     "user last": (
-        {"chosen": [{"role": "user", "content": "b"}] * 2, "rejected": [{"role": "user", "content": "b"}]},
+        {name: [{"role": "user", "content": text}] for name, text in (("chosen", "b"), ("rejected", "c"))},
         ["assistant"],
     ),
 }
@@ -327,7 +354,9 @@ def test_long_pairs_are_named_counted_and_left_out():
 
 
 def test_padding_never_ends_a_text(tmp_path):
-    assert choose_pad_id(7, 8, {9}) == 7 and choose_pad_id(9, 8, {9}) == 8 and choose_pad_id(None, 9, {9, 0}) == 1
+    assert choose_pad_id(7, 8, {9}, 10) == 7 and choose_pad_id(9, 8, {9}, 10) == 8
+    assert choose_pad_id(None, 9, {9, 0}, 10) == 1
+    assert choose_pad_id(None, -1, {0}, 10) == 1 and choose_pad_id(None, 10, {0}, 10) == 1  # ids that no model has
     roles = make_roles({**TINY_GPT2, "vocab_size": 24, "pad_token_id": 1, "eos_token_id": 1})
     save_reward_model(*roles.values(), tmp_path / "rm", MESH, other_tokenizer(), 0.0)
     assert json.loads((tmp_path / "rm/config.json").read_text())["pad_token_id"] == 0
@@ -361,6 +390,7 @@ BAD_FOLDERS = {  # case -> (config, weights, what the message must name)
     "no score": ({}, {"score.weight": None}, ["no tensor score.weight"]),
     "shape": ({}, {"score.weight": torch.ones(1, 33)}, ["[1, 33]", "[1, 32]"]),
     "NaN": ({}, {"score.weight": torch.full((1, 32), math.nan)}, ["score.weight", "finite"]),
+    "offset": ({"reward_offset": None}, {}, ["reward_offset is None"]),
     "family": ({"architectures": ["BertForSequenceClassification"], "model_type": "bert"}, {}, ["'bert'", "gpt2"]),
 }
 
@@ -423,6 +453,44 @@ def test_reward_from_a_folder_matches_transformers(same, reward_folder, tmp_path
     long = [*samples[:2], Sample("b", "c" * 64, [1], [2] * 64, finished=False)]
     with pytest.raises(ValueError, match=r"sample 2 \(prompt 'b'.* more than the 64 of the reward model"):
         reward(long)
+
+
+def test_what_ends_a_turn_is_scored_as_it_was_trained(tmp_path):
+    """A template whose turns end by another id than the tokenizer's EOS: the reward reads the ids of training."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}u{% endif %}{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "da"}]
+    [trained_on] = script.read_demonstrations([Row({"messages": chat}, "a row")], tokenizer, True, 64)
+    turn_end = NODES.index("u")
+    assert trained_on[-2:] == [turn_end, EOS]
+    save_reward_model(*make_roles(TINY_GPT2, torch.float32).values(), tmp_path / "rm", MESH, tokenizer, 0.0)
+    reward = make_reward(str(tmp_path / "rm"), SampleContext(MESH, tokenizer, [EOS, turn_end]))
+    sample = Sample("b", "da", trained_on[:1], trained_on[1:-1], finished=True)
+    roles = dict(zip(("reward_model", "reward_head"), load_reward_model(str(tmp_path / "rm"), MESH, torch.float32)))
+    expected = script.score_all(roles, [trained_on], script.Args(), MESH)
+    assert reward([sample]) == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_a_reward_model_keeps_its_bos(tmp_path, capsys):
+    """Trained without BOS, it reads the texts without, whatever the policy does."""
+    tokenizer = other_tokenizer()
+    roles = make_roles({**TINY_GPT2, "vocab_size": 24, "bos_token_id": 0, "eos_token_id": 1}, torch.float32)
+    scores = []
+    for add_bos in (True, False):
+        save_reward_model(*roles.values(), tmp_path / "rm", MESH, tokenizer, 0.0, add_bos)
+        reward = make_reward(str(tmp_path / "rm"), SampleContext(MESH, tokenizer, [1], add_bos=True))
+        ids = tokenizer("bdac")["input_ids"]
+        scores += reward([Sample("b", "dac", [0, *ids[:1]], [*ids[1:], 1], finished=True)])
+    expected = [script.score_all(roles, [[*bos, *ids, 1]], script.Args(), MESH).item() for bos in ([0], [])]
+    assert scores == pytest.approx(expected, rel=1e-5) and "or BOS" in capsys.readouterr().out
+
+
+def test_samples_that_cannot_fit_are_refused_at_the_start(reward_folder):
+    context = SampleContext(MESH, make_tokenizer(), [EOS], max_sample_len=65)
+    with pytest.raises(ValueError, match="up to 65 tokens do not fit the 64 of the reward model"):
+        make_reward(str(reward_folder), context)
 
 
 def test_value_function_starts_as_the_reward_model(reward_folder, tmp_path):
@@ -497,6 +565,24 @@ def test_default_run_learns_the_walks(learnt):
         assert (learnt / name).exists(), name
 
 
+def test_head_and_learning_rate_are_those_of_the_flags(tmp_path, monkeypatch):
+    """The head starts with standard deviation 1/sqrt(hidden_size + 1); each step takes the schedule's rate."""
+    stds, scales = [], []
+    step = script.AdamW.step
+    monkeypatch.setattr(
+        script, "ScalarHead", lambda *args, std, **x: stds.append(std) or ScalarHead(*args, std=std, **x)
+    )
+    monkeypatch.setattr(script.AdamW, "step", lambda self, scale: scales.append(scale) or step(self, scale))
+    model, rows = make_tiny_model(tmp_path / "tiny"), [{"prompt": "b", "chosen": c, "rejected": "uu"} for c in NODES]
+    rows.append({"prompt": "b", "chosen": "c" * 70, "rejected": "uu"})  # longer than the context, whatever --max-len
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--model", model, "--data", "pairs.jsonl", "--max-len", 1000, "--optim.schedule", "linear")
+    launch_here(script.main, script.Args, (*flags, "--max-steps", 4), tmp_path, monkeypatch)
+    assert stds[0] == 1 / math.sqrt(33) and scales == [1, 0.75, 0.5, 0.25]
+    drawn = torch.cat([ScalarHead(32, MESH, std=stds[0], seed=seed).weight for seed in range(100)])
+    assert drawn.std().item() == pytest.approx(stds[0], rel=0.05)
+
+
 def test_learnt_scores_rank_new_walks(learnt, tmp_path, monkeypatch):
     """Walks drawn anew, half of them along the edges: accuracy over pairs of one start; demonstrations score 0."""
     graph, rng = make_graph(), random.Random(5)
@@ -560,7 +646,7 @@ BAD_FLAGS = {  # case -> (files, flags, what the message must name)
     "one pair": (
         {"one.jsonl": '{"prompt": "b", "chosen": "da", "rejected": "c"}\n'},
         ("--data", "one.jsonl"),
-        ["--eval-data", "one.jsonl"],
+        ["--eval-data", "one pair"],
     ),
     "line": (
         {"pairs.jsonl": '{"prompt": "b", "chosen": "da", "rejected": "c"}\n{"prompt": "b", "chosen": "da"}\n'},
