@@ -35,7 +35,7 @@ SFT += ("--optim.lr", 1e-3, "--optim.schedule", "cosine")
 REWARD = ("--max-steps", 120, "--batch-size", 32, "--microbatch-size", 32, "--eval-every", 30, "--save-every", 120)
 REWARD += ("--optim.lr", 5e-4, "--optim.schedule", "cosine", "--optim.weight-decay", 0.1)
 PPO = ("--max-iterations", 25, "--eval-every", 25, "--batch-size", 128, "--minibatch-size", 32, "--eval-samples", 400)
-PPO += ("--optim.lr", 3e-4, "--value-lr", 3e-3, "--kl-coef", 0.5, "--missing-eos-score", -5)
+PPO += ("--optim.lr", 1e-4, "--value-lr", 1e-3, "--kl-coef", 0.2, "--missing-eos-score", -5)
 PPO += ("--sampling.max-new-tokens", NEW_TOKENS)
 
 
@@ -102,6 +102,7 @@ def main():
 
         prompts = ("--data", "tests/rated_stories.py:training_prompts", "--eval-data", "tests/rated_stories.py:prompts")
         flags = ("--model", sft, *prompts, "--reward", folder / "reward/best", *PPO, "--seed", seed)
+        flags += ("--value-model", folder / "reward/best")  # scores this large would pull at a shared trunk
         row = run("ppo.py", folder / "ppo", *flags)
         metrics = [json.loads(line) for line in (folder / "ppo/metrics.jsonl").read_text().splitlines()]
         before = next(row for row in metrics if row["event"] == "eval")

@@ -468,7 +468,8 @@ def test_what_ends_a_turn_is_scored_as_it_was_trained(tmp_path):
     save_reward_model(*make_roles(TINY_GPT2, torch.float32).values(), tmp_path / "rm", MESH, tokenizer, 0.0)
     reward = make_reward(str(tmp_path / "rm"), SampleContext(MESH, tokenizer, [EOS, turn_end]))
     sample = Sample("b", "da", trained_on[:1], trained_on[1:-1], finished=True)
-    roles = dict(zip(("reward_model", "reward_head"), load_reward_model(str(tmp_path / "rm"), MESH, torch.float32)))
+    reward_model, reward_head = load_reward_model(str(tmp_path / "rm"), MESH, torch.float32)
+    roles = {"reward_model": reward_model, "reward_head": reward_head}
     expected = script.score_all(roles, [trained_on], script.Args(), MESH)
     assert reward([sample]) == pytest.approx(expected.tolist(), rel=1e-6)
 
@@ -568,15 +569,24 @@ def test_default_run_learns_the_walks(learnt):
 def test_head_and_learning_rate_are_those_of_the_flags(tmp_path, monkeypatch):
     """The head starts with standard deviation 1/sqrt(hidden_size + 1); each step takes the schedule's rate."""
     stds, scales = [], []
-    step = script.AdamW.step
-    monkeypatch.setattr(
-        script, "ScalarHead", lambda *args, std, **x: stds.append(std) or ScalarHead(*args, std=std, **x)
-    )
+    step, make = script.AdamW.step, ScalarHead
+    monkeypatch.setattr(script, "ScalarHead", lambda *x, std, seed: stds.append(std) or make(*x, std=std, seed=seed))
     monkeypatch.setattr(script.AdamW, "step", lambda self, scale: scales.append(scale) or step(self, scale))
     model, rows = make_tiny_model(tmp_path / "tiny"), [{"prompt": "b", "chosen": c, "rejected": "uu"} for c in NODES]
     rows.append({"prompt": "b", "chosen": "c" * 70, "rejected": "uu"})  # longer than the context, whatever --max-len
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--model", model, "--data", "pairs.jsonl", "--max-len", 1000, "--optim.schedule", "linear")
+    flags = (
+        "--model",
+        model,
+        "--data",
+        "pairs.jsonl",
+        "--max-len",
+        1000,
+        "--optim.schedule",
+        "linear",
+        "--optim.warmup-steps",
+        0,
+    )
     launch_here(script.main, script.Args, (*flags, "--max-steps", 4), tmp_path, monkeypatch)
     assert stds[0] == 1 / math.sqrt(33) and scales == [1, 0.75, 0.5, 0.25]
     drawn = torch.cat([ScalarHead(32, MESH, std=stds[0], seed=seed).weight for seed in range(100)])
