@@ -173,9 +173,12 @@ def unpadded_rows(name: str, parameter: Tensor, decoder: Decoder) -> int:
     return decoder.config.vocab_size if is_vocab else parameter.shape[0]
 
 
-def hf_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """The decoder's weights under their Hugging Face names and in their shapes, one tensor in memory at a time."""
-    for name, parameter in decoder.named_parameters():
+def hf_tensors(decoder: Decoder, weights: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The decoder's weights under their Hugging Face names and in their shapes, one tensor in memory at a time.
+
+    Args: weights: what `Decoder.full_parameters` gave; None where they are not sharded.
+    """
+    for name, parameter in (weights or dict(decoder.named_parameters())).items():
         num_rows = unpadded_rows(name, parameter, decoder)
         parts = pieces(name, num_rows, decoder.config, decoder.hf_config["model_type"])
         for hf_name in dict.fromkeys(piece.hf_name for piece in parts):
@@ -194,11 +197,12 @@ def save_decoder(
     """Writes a folder that plain AutoModelForCausalLM and AutoTokenizer open, replacing one that is there.
 
     Args: heads: role -> head, written beside the model as heads.safetensors and heads.json.
-    Communication: one barrier.
+    Communication: one barrier; before it, sharded weights are gathered on rank 0, unit by unit.
     """
+    weights = decoder.full_parameters()
 
     def write(temporary: Path) -> None:
-        write_model(temporary, decoder, decoder.hf_config, hf_tensors(decoder), tokenizer)
+        write_model(temporary, decoder, decoder.hf_config, hf_tensors(decoder, weights), tokenizer)
         if heads:
             write_heads(temporary, heads)
 

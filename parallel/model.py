@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kernels.attention import Visible, attention
 from kernels.pointwise import gated_activation, rms_norm, rotate_
 from parallel.mesh import Mesh
+from parallel.recompute import recompute
 
 VOCAB_MULTIPLE = 128  # vocabulary rows are padded to this, the block in which generation sums probabilities
 
@@ -167,34 +168,30 @@ class Block(nn.Module):
         self.ffn_in = Linear(hidden, config.ffn_size * (1 + config.gated), config.ffn_bias, dtype)
         self.ffn_out = Linear(config.ffn_size, hidden, config.ffn_bias, dtype)
 
-    def attend(self, x: Tensor, tables, attention_fn) -> Tensor:
-        """Self-attention: x [tokens, hidden_size], already normed -> the same shape."""
-        config = self.config
-        heads = self.qkv(x)  # [tokens, (q + k + v heads) * head_dim]
+    def attend(self, heads: Tensor, tables, attention_fn) -> Tensor:
+        """Self-attention: queries, keys and values [tokens, (q + k + v heads) * head_dim] -> [tokens, hidden_size]"""
+        config, num_tokens = self.config, len(heads)
         if config.qk_norm:
-            q, k, v = split_heads(heads.view(len(x), -1, config.head_dim), config)
+            q, k, v = split_heads(heads.view(num_tokens, -1, config.head_dim), config)
             heads = torch.cat((self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), v.flatten(1)), 1)
         if tables is not None:
             num_rotated = config.num_heads + config.num_kv_heads
             heads = rotate_(heads, *tables, num_rotated, config.head_dim, config.rotary_interleaved)
-        return self.attn_out(attention_fn(heads).reshape(len(x), -1))
+        return self.attn_out(attention_fn(heads).reshape(num_tokens, -1))
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The position-wise network: x [tokens, hidden_size], already normed -> the same shape."""
+    def contract(self, x: Tensor) -> Tensor:
+        """Second half of the position-wise network: [tokens, ffn_size or 2 * ffn_size] -> [tokens, hidden_size]"""
         activation = ACTIVATIONS[self.config.activation]
-        x = self.ffn_in(x)
-        if self.config.gated:
-            return self.ffn_out(gated_activation(x, activation))
-        return self.ffn_out(activation(x))
+        return self.ffn_out(gated_activation(x, activation) if self.config.gated else activation(x))
 
-    def forward(self, x: Tensor, tables, attention_fn) -> Tensor:
-        normed = self.attn_norm(x)
-        attended = self.attend(normed, tables, attention_fn)
-        if not self.config.parallel_residual:
-            x = x + attended
-            return x + self.feed_forward(self.ffn_norm(x))
-        ffn_input = normed if self.config.shared_norm else self.ffn_norm(x)
-        return x + attended + self.feed_forward(ffn_input)
+    def forward(self, x: Tensor, tables, attention_fn, selective: bool = False) -> Tensor:
+        """Args: selective: norms and activations are recomputed in the backward, each up to the product behind it."""
+        ffn_norm = self.attn_norm if self.config.shared_norm else self.ffn_norm
+        heads = recompute(selective, lambda x: self.qkv(self.attn_norm(x)), x)
+        attended = x + self.attend(heads, tables, attention_fn)
+        ffn_source = x if self.config.parallel_residual else attended
+        expanded = recompute(selective, lambda x: self.ffn_in(ffn_norm(x)), ffn_source)
+        return attended + recompute(selective, self.contract, expanded)
 
 
 class Decoder(nn.Module):
@@ -204,6 +201,9 @@ class Decoder(nn.Module):
         lm_head: False leaves out an LM head of its own, of which a reward or value model has no use.
     Source: the families' papers; `DecoderConfig` says which parts.
     """
+
+    recompute = "none"  # see parallel/recompute.py; set by data parallelism, as is the next
+    shards = None  # a `parallel.data_parallel.Shards` if weights are gathered when a pass comes to them
 
     def __init__(
         self,
@@ -226,6 +226,7 @@ class Decoder(nn.Module):
             self.layers = nn.ModuleList(Block(config, dtype) for _ in range(config.num_layers))
             self.final_norm = make_norm(config, dtype)
             self.lm_head = None
+            self.ties_lm_head = lm_head and config.tied_embeddings
             if lm_head and not config.tied_embeddings:
                 self.lm_head = Linear(config.hidden_size, config.padded_vocab_size, config.head_bias, dtype)
         if seed is not None:
@@ -248,6 +249,15 @@ class Decoder(nn.Module):
         """[padded_vocab_size]"""
         return None if self.lm_head is None else self.lm_head.bias
 
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Whole weights by name. If they are sharded, all replicas must call it, and the first alone gets them."""
+        return dict(self.named_parameters()) if self.shards is None else self.shards.full_parameters()
+
+    def enter(self, section: int, x: Tensor | None) -> None:
+        """Has the weights of a section at hand: the embeddings, layer by layer, the output; x is what it reads."""
+        if self.shards is not None:
+            self.shards.enter(section, x)
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, first_key: Tensor, kv_cache=None) -> Tensor:
         """Hidden states after the final norm.
 
@@ -258,6 +268,7 @@ class Decoder(nn.Module):
         config = self.config
         shape = input_ids.shape
         positions = position_ids.flatten()
+        self.enter(0, None)
         x = F.embedding(input_ids.flatten(), self.embedding.weight)  # [tokens, hidden_size]
         if self.position_embedding is not None:
             x = x + F.embedding(positions, self.position_embedding.weight)
@@ -273,8 +284,12 @@ class Decoder(nn.Module):
                     return kv_cache.attention(i, heads, visible[config.window(i)])
                 return attention(*split_heads(heads, config), visible[config.window(i)])
 
-            x = layer(x, tables, attention_fn)
-        return self.final_norm(x).view(*shape, -1)
+            self.enter(i + 1, x)
+            x = recompute(self.recompute == "full", layer, x, tables, attention_fn, self.recompute == "selective")
+        self.enter(len(self.layers) + 1, x)
+        hidden = self.final_norm(x).view(*shape, -1)
+        self.enter(len(self.layers) + 2, hidden)
+        return hidden
 
 
 class ScalarHead(nn.Module):

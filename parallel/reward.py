@@ -60,8 +60,9 @@ def save_reward_model(
     """Writes a folder that AutoModelForSequenceClassification opens as a model of one label, replacing one there.
 
     Args: decoder: without LM head. head: its bias is not written; whoever reads the folder subtracts reward_offset.
-    Communication: one barrier.
+    Communication: one barrier; before it, sharded weights are gathered on rank 0, unit by unit.
     """
+    weights = decoder.full_parameters()
     hf_config = decoder.hf_config
     eos = list_eos(tokenizer.eos_token_id, hf_config, decoder.generation_config)
     tokenizer = copy.deepcopy(tokenizer)
@@ -77,7 +78,7 @@ def save_reward_model(
     }
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from hf_tensors(decoder)
+        yield from hf_tensors(decoder, weights)
         yield "score.weight", head.weight.detach()
 
     write_folder(Path(folder), lambda temporary: write_model(temporary, decoder, config, tensors(), tokenizer), mesh)

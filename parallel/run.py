@@ -33,7 +33,8 @@ from parallel.files import on_logger
 from parallel.mesh import Mesh
 
 # flags whose change leaves the rest of a run as it would have been
-HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size", "layout.dp"}
+HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size"}
+HARMLESS |= {"layout.dp", "layout.zero", "layout.recompute"}
 SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say how to start, not what to run
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
