@@ -238,7 +238,7 @@ class DataParallel:
     Communication: over dp, per trainable unit, an all-reduce (zero 0) or reduce-scatter (zero 1) of gradients per step
         or a reduce-scatter per micro-batch (zero 2 and 3); the optimizer gathers updated weights (zero 1 and 2). Zero 3
         gathers each decoder's units in every forward, and layers again in the backward, so that replicas must make
-        equally many passes. At construction one all-reduce of [2 * units] hashes.
+        the same passes through the same units. At construction one all-reduce of [2 * units] hashes.
     Raises: RankError if the replicas do not begin with equal weights.
     """
 
