@@ -1,4 +1,4 @@
-"""Recomputation on and off: the same bits of every gradient, fewer bytes kept, no matrix product twice where not asked."""
+"""Recomputation on and off: the same bits of every gradient, fewer bytes kept, products repeated by `full` alone."""
 
 import pytest
 import torch

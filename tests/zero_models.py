@@ -1,6 +1,10 @@
 """Small decoders of four families and a step over them, for tests of sharding and recomputation on several ranks."""
 
+import weakref
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from parallel.collectives import all_gather, traffic
 from parallel.data_parallel import data_parallel
@@ -100,3 +104,22 @@ def train(config, layout=None, dtype="float32", num_steps=1, num_microbatches=1,
             sent = {op: reduced.get((axis, op), 0) - before.get((axis, op), 0) for axis, op in keys}
             sent["step"] = sum(traffic().get(key, 0) - gathered.get(key, 0) for key in keys)
     return gradients, full_weights(model), metrics, sent
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest sum of the bytes of all storages that operations returned or were given, while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = {}, 0
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        out = fn(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.storages[storage._cdata] = weakref.ref(storage)
+        alive = {place: ref() for place, ref in self.storages.items()}
+        self.storages = {place: self.storages[place] for place, storage in alive.items() if storage is not None}
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in alive.values() if storage is not None))
+        return out
