@@ -128,7 +128,7 @@ def forget_microbatches(model):
 
     def overwrite():
         for unit in model._in_flight:
-            unit.flat_grad.zero_()
+            unit.flat_grad.untyped_storage().resize_(0)
         settle()
 
     model._settle = overwrite
