@@ -60,6 +60,7 @@ from parallel.generation import EVALUATION, Sampling, generate, lm_logits, stop_
 from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.reshard import rollout_weights
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
 from parallel.tensor import (
@@ -542,7 +543,8 @@ def main(args: Args) -> None:
         save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
 
     def evaluate_now():
-        metrics, table = evaluate(policy, target_q_heads, eval_prompts, reward, args, mesh, tokenizer, eos)
+        with rollout_weights(policy):
+            metrics, table = evaluate(policy, target_q_heads, eval_prompts, reward, args, mesh, tokenizer, eos)
         run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
         scores = {name: x for name, x in metrics.items() if name.startswith("eval_score") and not name.endswith("_se")}
         run.note(f"step {state.step}: " + "  ".join(f"{name} {x:.4f}" for name, x in scores.items()))

@@ -56,6 +56,7 @@ from parallel.mesh import Layout, RankError, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, check_flags, launch
@@ -633,7 +634,8 @@ def main(args: Args) -> None:
         save_decoder(policy, run.folder / name, mesh, tokenizer, heads)
 
     def evaluate_now():
-        metrics, table = evaluate(policy, eval_prompts, reward, args, mesh, tokenizer, eos)
+        with rollout_weights(policy):
+            metrics, table = evaluate(policy, eval_prompts, reward, args, mesh, tokenizer, eos)
         run.log({"event": "eval", "iteration": state.iteration, "samples": state.samples, **metrics})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         run.note(f"iteration {state.iteration}: {shown}")
@@ -657,17 +659,18 @@ def main(args: Args) -> None:
         first_group = state.samples // args.samples_per_prompt
         order = rows_at(first_group, args.batch_size // args.samples_per_prompt, len(prompts), args.seed)
         rows = [prompts[order[s // args.samples_per_prompt - first_group]] for s in sample_ids]
-        generation = generate(
-            policy,
-            [row.prompt_ids for row in rows],
-            args.sampling,
-            eos_ids=eos,
-            sample_ids=sample_ids,
-            seed=args.seed,
-            stream=ROLLOUT,
-            stop_fn=stop_fn,
-            num_ids=len(tokenizer),
-        )
+        with rollout_weights(policy):
+            generation = generate(
+                policy,
+                [row.prompt_ids for row in rows],
+                args.sampling,
+                eos_ids=eos,
+                sample_ids=sample_ids,
+                seed=args.seed,
+                stream=ROLLOUT,
+                stop_fn=stop_fn,
+                num_ids=len(tokenizer),
+            )
         timer["rollout_seconds"] = time.perf_counter()
 
         # score

@@ -40,6 +40,7 @@ from parallel.mesh import Layout, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model, pack_sequences, read_scores, save_reward_model
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
@@ -396,11 +397,13 @@ def main(args: Args) -> None:
         save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
 
     def save_model(name):
-        offset = score_all(roles, demonstrations, args, mesh).mean().item()  # eq. 3
+        with rollout_weights(reward_model):
+            offset = score_all(roles, demonstrations, args, mesh).mean().item()  # eq. 3
         save_reward_model(reward_model, reward_head, run.folder / name, mesh, tokenizer, offset, args.bos)
 
     def evaluate_now():
-        metrics = evaluate(roles, held_out, args, mesh) | baselines
+        with rollout_weights(reward_model):
+            metrics = evaluate(roles, held_out, args, mesh) | baselines
         run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
         run.note(
             f"step {state.step}: accuracy {metrics['eval_accuracy']:.4f} +- {metrics['eval_accuracy_se']:.4f}, "

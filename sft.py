@@ -28,6 +28,7 @@ from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.reshard import rollout_weights
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, check_flags, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
@@ -186,7 +187,8 @@ def main(args: Args) -> None:
         save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
 
     def evaluate_now():
-        metrics = evaluate(policy, held_out, args, mesh)
+        with rollout_weights(policy):
+            metrics = evaluate(policy, held_out, args, mesh)
         run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
         run.note(
             f"step {state.step}: eval_loss {metrics['eval_loss']:.5f} nats per token, "

@@ -185,10 +185,9 @@ def check_tied_head(files: WeightFiles, decoder: Decoder) -> None:
 def hf_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
     """The decoder's weights under their Hugging Face names and in their shapes, one tensor in memory at a time.
 
-    Communication: one all-gather over tp per tensor sharded there.
+    Communication: that of `Decoder.full_parameters`.
     """
-    for name, parameter in decoder.named_parameters():
-        full = full_tensor(parameter.detach(), decoder.placements[name], decoder.mesh.tp)
+    for name, full in decoder.full_parameters():
         parts = pieces(name, len(full), decoder.config, decoder.hf_config["model_type"])
         for hf_name in dict.fromkeys(piece.hf_name for piece in parts):
             of_name = [piece for piece in parts if piece.hf_name == hf_name]
@@ -273,14 +272,14 @@ def write_heads(folder: Path, heads: dict[str, nn.Module], tensors: dict[str, di
 
 def holds_heads(folder: Path | str, role: str) -> bool:
     """Whether a model's folder holds this head beside its weights."""
-    path = find_folder(str(folder)) / "heads.json"
+    path = (Path(folder) if Path(folder).is_dir() else find_folder(str(folder))) / "heads.json"
     return path.exists() and role in read_json(path)
 
 
 @torch.no_grad()
 def load_heads(folder: Path | str, heads: dict[str, nn.Module], mesh: Mesh) -> None:
     """Fills heads from a folder of `save_decoder`. Raises: FileNotFoundError, or ValueError naming the tensor."""
-    path = find_folder(str(folder)) / "heads.safetensors"
+    path = (Path(folder) if Path(folder).is_dir() else find_folder(str(folder))) / "heads.safetensors"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no heads.safetensors")
     tensors = load_file(path)

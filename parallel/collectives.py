@@ -95,6 +95,30 @@ def reduce_scatter_async(x: Tensor, axis: Axis) -> tuple[Tensor, "Pending"]:
     return piece, Pending(work, axis, "reduce_scatter")
 
 
+def all_gather_async_(full: Tensor, shard: Tensor, axis: Axis) -> "Pending":
+    """Starts to fill full [size * n] with the shards [n] of all ranks; shard may be this rank's part of full."""
+    if axis.size == 1:
+        full.copy_(shard)
+        return Pending(None, axis, "all_gather")
+    _count(axis, "all_gather", full.nbytes)
+    with name_lost_ranks(axis, "all_gather"):
+        work = _all_gather(full, shard, group=axis.group, async_op=True)
+    return Pending(work, axis, "all_gather")
+
+
+def reduce_scatter_async_(x: Tensor, axis: Axis) -> "Pending":
+    """Starts to replace this rank's part of x, x.chunk(size)[rank], by its sum over the axis; the rest is lost.
+
+    In place: nothing is copied. Ring bytes: (size - 1) / size of x.
+    """
+    if axis.size == 1:
+        return Pending(None, axis, "reduce_scatter")
+    _count(axis, "reduce_scatter", x.nbytes)
+    with name_lost_ranks(axis, "reduce_scatter"):
+        work = _reduce_scatter(x.chunk(axis.size)[axis.rank], x, group=axis.group, async_op=True)
+    return Pending(work, axis, "reduce_scatter")
+
+
 def broadcast_(x: Tensor, axis: Axis) -> None:
     """Replaces x by that of the axis's first rank."""
     if axis.size > 1:

@@ -1,23 +1,39 @@
-"""Data parallelism: replicas see different rows, and their gradients are summed while the backward pass still runs.
+"""Data parallelism: replicas see different rows; gradients are summed, and what they hold shared out, by one class.
 
-Parameters are moved into flat units, one per layer, which are at once what is reduced, what the optimizer steps over
-and what a checkpoint reads. A unit holds parameters of one type that are all trainable or all frozen:
+Parameters are moved into flat units, one per layer, which are at once what is reduced, what is shared out, what the
+optimizer steps over and what a checkpoint reads. A unit holds parameters of one type, all trainable or all frozen. Of
+its `size` entries this rank owns `part`, one of dp equal slices:
 
-    flat       every parameter of the unit, contiguous; each `parameter.data` is a view of it
-    flat_grad  their gradients in float32 (float64 for float64 parameters), each `parameter.grad` a view; None if frozen
+    zero        weights `flat`         gradients `flat_grad`    optimizer state    reduction
+    0 (DDP)     whole                  whole                    whole              all-reduce with the last micro-batch
+    1           whole                  whole                    part               reduce-scatter, likewise
+    2           whole                  part                     part               reduce-scatter with each micro-batch
+    3           part, whole in use     part                     part               as 2
 
-Gradients are summed, never averaged: a loss carries 1 / num_tokens of the whole batch (see the scripts), so neither
-the number of replicas nor that of micro-batches changes a gradient.
+Gradients are in float32 (float64 for float64 parameters) and are summed, never averaged: a loss carries 1 / num_tokens
+of the whole batch (see the scripts), so neither the number of replicas nor that of micro-batches changes a gradient.
+Source: Rajbhandari et al. 2019 (arXiv 1910.02054); one unit per layer: Zhao et al. 2023 (2304.11277).
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import Axis, Pending, RankError, all_gather, all_reduce_, all_reduce_async_
+from parallel.collectives import (
+    Pending,
+    RankError,
+    all_gather,
+    all_gather_async_,
+    all_reduce_,
+    all_reduce_async_,
+    reduce_scatter_async_,
+)
 from parallel.mesh import Layout, Mesh
+from parallel.model import Decoder
+from parallel.reshard import Shards, free_units
 from parallel.tensor import Placement, fill_local, full_tensor, placements
 
 ALIGNMENT = 64  # entries; every parameter begins at a multiple, as fast matrix products on any device want it
@@ -25,96 +41,210 @@ HASH_BLOCK = 1 << 20  # entries
 
 
 class Unit:
-    """Some parameters of one role, of one type and all trainable or all frozen, in one contiguous tensor.
+    """Some parameters of one role, of one type and all trainable or all frozen, laid out in one contiguous tensor.
 
-    Matrices lie before vectors, so that weight decay, which is for matrices, is one slice: flat[:num_decayed].
+    Matrices lie before vectors, so that weight decay, which is for matrices, is one slice: entries [0, num_decayed).
+    The layout is padded once so that every rank's part has the same length; no collective needs a padded copy.
     """
 
-    def __init__(self, name: str, parameters: dict[str, nn.Parameter], placed: dict[str, Placement]):
+    def __init__(self, name: str, parameters: dict[str, nn.Parameter], placed: dict[str, Placement], mesh: Mesh):
         ordered = sorted(parameters.items(), key=lambda item: item[1].dim() < 2)  # stable
-        self.name = name
+        self.name, self.dp, self.tp = name, mesh.dp, mesh.tp
         self.names = [name for name, _ in ordered]
         self.parameters = [parameter for _, parameter in ordered]
         self.shapes = [parameter.shape for parameter in self.parameters]
         self.placements = [placed[name] for name in self.names]
         self.offsets = []
-        size = self.num_decayed = 0
+        end = self.num_decayed = 0
         for parameter in self.parameters:
-            self.offsets.append(size)
-            size += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            self.offsets.append(end)
+            end += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
             if parameter.dim() >= 2:
-                self.num_decayed = size
+                self.num_decayed = end
+        share = -(-end // (ALIGNMENT * self.dp.size)) * ALIGNMENT
+        self.size = share * self.dp.size
+        self.part = slice(self.dp.rank * share, (self.dp.rank + 1) * share)
         first = self.parameters[0]
         self.trainable = first.requires_grad
-        self.flat = torch.zeros(size, dtype=first.dtype, device=first.device)
-        self.flat_grad: Tensor | None = None
-        if self.trainable:
-            grad_dtype = torch.promote_types(first.dtype, torch.float32)
-            self.flat_grad = torch.zeros(size, dtype=grad_dtype, device=first.device)
+        self.flat = torch.zeros(self.size, dtype=first.dtype, device=first.device)
         for i, parameter in enumerate(self.parameters):
             view = self.view(self.flat, i)
             view.copy_(parameter.data)
             parameter.data = view
-            if self.flat_grad is not None:
-                if parameter.dtype != self.flat_grad.dtype:
-                    parameter.grad_dtype = self.flat_grad.dtype  # autograd then accumulates in it
-                parameter.grad = self.view(self.flat_grad, i)
+        self.full: Tensor | None = None  # under zero 3: what the parameters view, with storage only while in use
+        self.gathering: Pending | None = None
+        self.flat_grad: Tensor | None = None  # None if frozen
 
         # of the reduction under way
         self.num_unfinished = 0  # parameters whose gradient is not complete
+        self.bucket: Tensor | None = None  # what is reduced, whole: flat_grad itself, or this micro-batch's gradients
         self.pending: Pending | None = None
-        self.bucket: Tensor | None = None  # what is being reduced: flat_grad, or its copy in bfloat16
-        self.local_sum: Tensor | None = None  # of this rank's flat_grad before the reduction: finite or not
+        self.local_sum: Tensor | None = None  # of this rank's gradients before the reduction: finite or not
 
-    def view(self, flat: Tensor, i: int) -> Tensor:
-        """The part of a tensor laid out like `flat` that belongs to the i-th parameter, in its shape."""
-        return flat[self.offsets[i] : self.offsets[i] + self.shapes[i].numel()].view(self.shapes[i])
+    def allocate_gradients(self, zero: int) -> None:
+        """Where gradients are summed: the whole unit, which parameter.grad views; from zero 2 on this rank's part."""
+        first = self.parameters[0]
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        share = self.part.stop - self.part.start
+        self.flat_grad = torch.zeros(self.size if zero < 2 else share, dtype=dtype, device=first.device)
+        for i, parameter in enumerate(self.parameters):
+            if parameter.dtype != dtype:
+                parameter.grad_dtype = dtype  # autograd then accumulates in it
+            if zero < 2:
+                parameter.grad = self.view(self.flat_grad, i)
 
-    def counted_slices(self, tp: Axis) -> list[tuple[int, int]]:
-        """Parts of flat_grad that count in the norm of all gradients: what several ranks of tp hold counts on one."""
-        if tp.size == 1:
-            return [(0, len(self.flat))]
+    def view(self, whole: Tensor, i: int) -> Tensor:
+        """The i-th parameter in a whole tensor of this layout, in its shape."""
+        return whole[self.offsets[i] : self.offsets[i] + self.shapes[i].numel()].view(self.shapes[i])
+
+    def overlap(self, i: int) -> tuple[slice, slice]:
+        """What this rank's part holds of the i-th parameter: the entries of the part, and those of the parameter."""
+        start = min(max(self.offsets[i], self.part.start), self.part.stop)
+        stop = max(min(self.offsets[i] + self.shapes[i].numel(), self.part.stop), start)
+        return (
+            slice(start - self.part.start, stop - self.part.start),
+            slice(start - self.offsets[i], stop - self.offsets[i]),
+        )
+
+    def own(self, flat: Tensor) -> Tensor:
+        """This rank's part of `flat`, `flat_grad` or optimizer state, whether that is whole or the part alone."""
+        return flat[self.part] if flat.numel() == self.size else flat
+
+    def write(self, flat: Tensor, i: int, full: Tensor) -> None:
+        """Copies the i-th parameter, given in full, into `flat` or optimizer state, as far as this rank holds it."""
+        values = torch.empty(self.shapes[i], dtype=flat.dtype, device=flat.device)
+        fill_local(values, full, self.placements[i], self.tp)
+        if flat.numel() == self.size:
+            self.view(flat, i).copy_(values)
+        else:
+            mine, of_parameter = self.overlap(i)
+            flat[mine].copy_(values.flatten()[of_parameter])
+
+    def tensors(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The parameters' entries of `flat` or optimizer state by name, as far as this rank of tp holds them: views, or
+        where replicas hold parts, gathered on the first replica alone. Communication: then one all-gather over dp."""
+        if flat.numel() != self.size:
+            flat = all_gather(flat, self.dp)
+            if self.dp.rank > 0:
+                return
+        for i, name in enumerate(self.names):
+            yield name, self.view(flat, i)
+
+    def full_tensors(self, flat: Tensor) -> dict[str, Tensor]:
+        """`tensors` in full shapes without padding; what was gathered lies on the CPU.
+
+        Communication: also one all-gather over tp per parameter sharded there.
+        """
+        found = {}
+        for (name, local), placement in zip(self.tensors(flat), self.placements, strict=False):
+            full = full_tensor(local, placement, self.tp)
+            found[name] = full if flat.numel() == self.size and self.tp.size == 1 else full.cpu()
+        return found
+
+    # --- tensor parallelism ---
+
+    def partial_slices(self) -> list[tuple[int, int, int, int]]:
+        """(start, stop, count, place) of gradients to be summed over tp.
+
+        Those are of replicated parameters whose placement says so (count 1), and of key/value heads that lie on several
+        ranks: this rank has head `place` of `count`.
+        """
+        found = []
+        for offset, shape, placement in zip(self.offsets, self.shapes, self.placements, strict=True):
+            if placement.is_partial:
+                found.append((offset, offset + shape.numel(), 1, 0))
+            row = shape[1:].numel()
+            for start, length, count in placement.shared_intervals(self.tp.size) if placement.dim == 0 else []:
+                place = self.tp.rank * count // self.tp.size
+                found.append((offset + start * row, offset + (start + length) * row, count, place))
+        return found
+
+    def counted_slices(self) -> list[tuple[int, int]]:
+        """What counts in the norm of all gradients: what several ranks of tp hold counts on the first of them."""
+        if self.tp.size == 1:
+            return [(0, self.size)]
         found = []
         for offset, shape, placement in zip(self.offsets, self.shapes, self.placements, strict=True):
             if placement.dim is None:
-                found += [(offset, offset + shape.numel())] * (tp.rank == 0)
+                found += [(offset, offset + shape.numel())] * (self.tp.rank == 0)
                 continue
             row, start = shape[1:].numel(), 0
-            for here, length, count in placement.shared_intervals(tp.size):
+            for here, length, count in placement.shared_intervals(self.tp.size):
                 found.append((offset + start * row, offset + here * row))
                 start = here + length
-                if tp.rank % (tp.size // count) == 0:  # the first of those that hold this head
+                if self.tp.rank % (self.tp.size // count) == 0:  # the first of those that hold this head
                     found.append((offset + here * row, offset + start * row))
             found.append((offset + start * row, offset + shape.numel()))
         return found
+
+    # --- zero 3: whole only while in use ---
+
+    def shard(self) -> None:
+        """Keeps this rank's part of the weights. The parameters stay what they are, views of a storage now empty."""
+        self.full, self.flat = self.flat, self.flat[self.part].clone()
+        self.free()
+
+    @property
+    def is_whole(self) -> bool:
+        return self.full is None or self.full.untyped_storage().nbytes() > 0
+
+    def start_gather(self) -> None:
+        if not self.is_whole:
+            self.full.untyped_storage().resize_(self.full.nbytes)
+            self.gathering = all_gather_async_(self.full, self.flat, self.dp)
+
+    def finish_gather(self) -> None:
+        if self.gathering is not None:
+            self.gathering.wait()
+            self.gathering = None
+
+    def free(self) -> None:
+        self.finish_gather()
+        self.full.untyped_storage().resize_(0)
 
 
 class DataParallel:
     """The roles of a script over data-parallel replicas; `units` in the order in which modules were registered.
 
-    Every trainable parameter's last gradient of a step fires a hook; a unit whose parameters have all fired is reduced
-    at once, while the backward pass goes on to earlier layers. Units are launched in one fixed order, the reverse of
-    registration, on all ranks, whatever the order in which they become ready.
-    Communication: one all-reduce of each trainable unit's gradients over dp per optimizer step; at construction one
-    all-reduce of [2 * units] hashes.
+    Every trainable parameter's gradient fires a hook; a unit whose parameters have all fired is reduced at once, while
+    the backward pass goes on to earlier layers. Units are launched in one fixed order, the reverse of registration, on
+    all ranks, whatever the order in which they become ready.
+    Heads, that is roles without layers, keep whole weights under zero 3: losses read them anywhere.
+    Communication: over dp, per trainable unit, an all-reduce (zero 0) or reduce-scatter (zero 1) of gradients per step
+        or a reduce-scatter per micro-batch (zero 2 and 3); the optimizer gathers updated weights (zero 1 and 2). Zero 3
+        gathers each decoder's units in every forward, and layers again in the backward, so that replicas must make
+        the same passes through the same units. At construction one all-reduce of [2 * units] hashes.
     Raises: RankError if the replicas do not begin with equal weights.
     """
 
     def __init__(self, roles: dict[str, nn.Module], mesh: Mesh, layout: Layout):
         self.roles = roles
         self.mesh = mesh
+        self.zero = layout.zero if mesh.dp.size > 1 else 0  # one replica has nothing to share out
         self.reduce_in_bfloat16 = layout.reduce_dtype == "bfloat16"
         self.grad_norm: float | None = None  # set by clip_grad_norm, read by the optimizer
         self.grad_divisor = 1.0
-        self.units = make_units(roles)
+        self.units = make_units(roles, mesh)
         self._order = [unit for unit in reversed(self.units) if unit.trainable]
         self._num_launched = 0
+        self._in_flight: list[Unit] = []
         self._syncing = False
+        self._whole: Counter[Unit] = Counter()  # units of zero 3 that are gathered: see Shards
         if mesh.dp.size > 1:
             check_replicas_equal(self.units, mesh)
-            for unit in self._order:
-                for parameter in unit.parameters:
-                    parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, unit))
+        for role, module in roles.items():
+            if isinstance(module, Decoder):
+                module.recompute = layout.recompute
+                if self.zero == 3:
+                    units = [unit for unit in self.units if unit.name.partition(".")[0] == role]
+                    for unit in units:
+                        unit.shard()
+                    module.shards = Shards(role, module, units, self._whole)
+        for unit in self._order:
+            unit.allocate_gradients(self.zero)
+            if mesh.dp.size > 1:
+                for i, parameter in enumerate(unit.parameters):
+                    parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, unit, i))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Full names, <role>.<name in its module>, and parameters; a tied one appears once."""
@@ -124,15 +254,9 @@ class DataParallel:
     def state_dict(self) -> dict[str, Tensor]:
         """Trainable parameters by full name, in full shapes without padding; the frozen come from where they were.
 
-        Communication: one all-gather over tp per parameter sharded there; without tp they are views.
+        Views on every rank; under zero 3 or tp copies on the CPU, gathered unit by unit, under zero 3 on rank 0 alone.
         """
-        return {name: full_tensor(p, placement, self.mesh.tp) for name, p, placement in self._trainable()}
-
-    def _trainable(self) -> Iterator[tuple[str, Tensor, Placement]]:
-        for unit in self.units:
-            if unit.trainable:
-                for name, parameter, placement in zip(unit.names, unit.parameters, unit.placements, strict=True):
-                    yield name, parameter.detach(), placement
+        return {name: x for unit in self.units if unit.trainable for name, x in unit.full_tensors(unit.flat).items()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -140,87 +264,118 @@ class DataParallel:
 
         Raises: ValueError naming a tensor that is missing, of another shape, or of no parameter here.
         """
-        known = {name for name, _, _ in self._trainable()}
+        known = {name for unit in self._order for name in unit.names}
         unknown = sorted(name for name in tensors if "|" not in name and name not in known)
         if unknown:
             raise ValueError(f"the checkpoint has a tensor {unknown[0]} that is not here: it is of another model")
-        for name, parameter, placement in self._trainable():
-            full = saved_tensor(tensors, name, placement.full_shape(parameter.shape))
-            fill_local(parameter, full, placement, self.mesh.tp)
+        for unit in self._order:
+            for i, name in enumerate(unit.names):
+                shape = unit.placements[i].full_shape(unit.shapes[i])
+                unit.write(unit.flat, i, saved_tensor(tensors, name, shape))
 
     def zero_grad(self) -> None:
-        """Gradients to 0, in place: they stay views of their units."""
+        """Gradients to 0, in place: they stay views of their units. From zero 2 on they lose their storage, which comes
+        back with the first sum: a forward before it has more room."""
         self.grad_norm = None
         for unit in self._order:
-            unit.flat_grad.zero_()
+            if self.zero >= 2:
+                unit.flat_grad.untyped_storage().resize_(0)
+            else:
+                unit.flat_grad.zero_()
+            unit.local_sum = None
 
-    def start_sync(self) -> None:
-        """To be called before the last backward pass of a step: from now on a finished unit is reduced."""
+    def start_sync(self, is_last: bool) -> None:
+        """To be called before a micro-batch's backward pass: from now on a finished unit is reduced, if it is time."""
+        if self.zero < 2 and not is_last:
+            return
         for unit in self._order:
             unit.num_unfinished = len(unit.parameters)
-            for name, parameter, offset in zip(unit.names, unit.parameters, unit.offsets, strict=True):
-                place = unit.flat_grad.data_ptr() + offset * unit.flat_grad.itemsize
-                assert parameter.grad is not None and parameter.grad.data_ptr() == place, (
-                    f"{name}.grad was replaced: clear gradients with DataParallel.zero_grad only"
-                )
+            for i, (name, parameter) in enumerate(zip(unit.names, unit.parameters, strict=True)):
+                expected = unit.view(unit.flat_grad, i).data_ptr() if self.zero < 2 else None
+                found = None if parameter.grad is None else parameter.grad.data_ptr()
+                assert found == expected, f"{name}.grad was replaced: clear gradients with DataParallel.zero_grad only"
         self._syncing = True
         self._num_launched = 0
 
-    def finish_sync(self) -> None:
+    def finish_sync(self, is_last: bool) -> None:
         """Reduces what the backward pass did not reach (unused parameters) and returns when all sums are there."""
-        assert self._syncing, "finish_sync without start_sync"
-        self._syncing = False
-        if self.mesh.dp.size > 1:
+        if self._syncing and self.mesh.dp.size > 1:
             for unit in self._order[self._num_launched :]:
                 self._launch(unit)
+            self._settle()
+        self._syncing = False
+        if is_last and self.mesh.tp.size > 1:
             for unit in self._order:
-                unit.pending.wait()
-                if unit.bucket is not unit.flat_grad:
-                    unit.flat_grad.copy_(unit.bucket)
-                unit.pending = unit.bucket = None
-        if self.mesh.tp.size > 1:
-            for unit in self._order:
-                sum_partial_gradients(unit, self.mesh.tp)
+                sum_partial_gradients(unit, self.zero)
+        for unit in self._whole:  # what waits for a backward pass that does not come
+            self._whole[unit] = 0
+        free_units(self._whole)
 
-    def _on_gradient(self, unit: Unit, parameter: nn.Parameter) -> None:
-        """The hook: a parameter's gradient is complete, shared uses included."""
+    def _on_gradient(self, unit: Unit, i: int, parameter: nn.Parameter) -> None:
+        """The hook: the i-th parameter's gradient of this backward pass is complete, shared uses included."""
         if not self._syncing:
+            assert self.zero < 2, "a backward pass outside forward_backward: nothing would reduce its gradients"
             return
+        if self.zero >= 2:
+            if unit.bucket is None:
+                self._settle()  # the bucket before is freed: there is one at a time, unless uses of units interleave
+                unit.bucket = unit.flat_grad.new_zeros(unit.size)
+            unit.view(unit.bucket, i).copy_(parameter.grad)
+            parameter.grad = None
         unit.num_unfinished -= 1
         while self._num_launched < len(self._order) and self._order[self._num_launched].num_unfinished == 0:
             self._launch(self._order[self._num_launched])
             self._num_launched += 1
 
     def _launch(self, unit: Unit) -> None:
-        unit.local_sum = unit.flat_grad.sum()
-        unit.bucket = unit.flat_grad.bfloat16() if self.reduce_in_bfloat16 else unit.flat_grad
-        unit.pending = all_reduce_async_(unit.bucket, self.mesh.dp)
+        if self.zero < 2:
+            unit.bucket = unit.flat_grad
+        elif unit.bucket is None:  # unused on this rank, perhaps not on others
+            unit.bucket = unit.flat_grad.new_zeros(unit.size)
+        local_sum = unit.bucket.sum()
+        unit.local_sum = local_sum if unit.local_sum is None else unit.local_sum + local_sum
+        if self.reduce_in_bfloat16:
+            unit.bucket = unit.bucket.bfloat16()
+        reduce = reduce_scatter_async_ if self.zero else all_reduce_async_
+        unit.pending = reduce(unit.bucket, self.mesh.dp)
+        self._in_flight.append(unit)
+
+    def _settle(self) -> None:
+        """Waits for the reductions under way and puts their sums where they belong."""
+        for unit in self._in_flight:
+            unit.pending.wait()
+            storage = unit.flat_grad.untyped_storage()
+            if not storage.nbytes():
+                storage.resize_(unit.flat_grad.nbytes)
+                unit.flat_grad.copy_(unit.bucket[unit.part])
+            elif self.zero >= 2:
+                unit.flat_grad += unit.bucket[unit.part]
+            elif unit.bucket is not unit.flat_grad:
+                unit.flat_grad.copy_(unit.bucket)
+            unit.pending = unit.bucket = None
+        self._in_flight.clear()
 
 
 @torch.no_grad()
-def sum_partial_gradients(unit: Unit, tp: Axis) -> None:
+def sum_partial_gradients(unit: Unit, zero: int) -> None:
     """Completes the gradients of what several ranks of tp hold but use for different heads or tokens.
 
-    Those are replicated parameters whose placement says so, and key/value heads that lie on several ranks: their
-    gradients are laid out as if every rank had all heads, others' being 0.
+    Heads that lie on several ranks are laid out as if every rank had all of them, others' gradients being 0.
     Communication: one all-reduce over tp, if the unit has any.
     """
+    grad = unit.own(unit.flat_grad) if zero else unit.flat_grad
+    first = unit.part.start if zero else 0  # entry of the unit where grad begins
     views, places, wide = [], [], []
-    for i, placement in enumerate(unit.placements):
-        grad = unit.view(unit.flat_grad, i)
-        if placement.is_partial:
-            views.append(grad)
-            places.append(0)
-            wide.append(grad[None])
-        for start, length, count in placement.shared_intervals(tp.size) if placement.dim == 0 else []:
-            views.append(grad[start : start + length])
-            places.append(tp.rank * count // tp.size)
-            wide.append(grad.new_zeros(count, *views[-1].shape))
-            wide[-1][places[-1]] = views[-1]
-    if not views:
+    for start, stop, count, place in unit.partial_slices():
+        view = grad[max(start - first, 0) : max(stop - first, 0)]
+        views.append(view)
+        places.append(place)
+        wide.append(view.new_zeros(count, len(view)))
+        wide[-1][place] = view
+    total = torch.cat([x.flatten() for x in wide]) if wide else grad[:0]
+    if total.numel() == 0:
         return
-    total = torch.cat([x.flatten() for x in wide])
-    all_reduce_(total, tp)
+    all_reduce_(total, unit.tp)
     for view, place, x, summed in zip(views, places, wide, total.split([x.numel() for x in wide]), strict=True):
         view.copy_(summed.view_as(x)[place])
 
@@ -230,7 +385,7 @@ def data_parallel(roles: dict[str, nn.Module], mesh: Mesh, layout: Layout) -> Da
     return DataParallel(roles, mesh, layout)
 
 
-def make_units(roles: dict[str, nn.Module]) -> list[Unit]:
+def make_units(roles: dict[str, nn.Module], mesh: Mesh) -> list[Unit]:
     """Units of every role: what is registered before `layers`, each layer, what comes after.
 
     Trainable and frozen parameters, and parameters of different types, lie in different units.
@@ -252,7 +407,7 @@ def make_units(roles: dict[str, nn.Module]) -> list[Unit]:
                 seen.add(parameter)
                 key = (section, parameter.requires_grad, parameter.dtype)
                 groups.setdefault(key, {})[f"{role}.{name}"] = parameter
-    return [Unit(section, parameters, placed) for (section, _, _), parameters in groups.items()]
+    return [Unit(section, parameters, placed, mesh) for (section, _, _), parameters in groups.items()]
 
 
 def saved_tensor(tensors: dict[str, Tensor], name: str, shape: list[int]) -> Tensor:
@@ -285,23 +440,23 @@ def check_replicas_equal(units: list[Unit], mesh: Mesh) -> None:
 def describe_nonfinite(model: DataParallel, mesh: Mesh) -> str | None:
     """Which parameters have a NaN or infinite gradient here, and from which replicas it came; None if none has.
 
-    Communication: one all-gather of [units] sums over dp.
+    Communication: one all-reduce (max) of [parameters] flags and one all-gather of [units] sums over dp.
     """
-    bad = []  # (full name, position of its unit)
     trainable = [unit for unit in model.units if unit.trainable]
-    for i, unit in enumerate(trainable):
-        for j, name in enumerate(unit.names):
-            if not unit.view(unit.flat_grad, j).isfinite().all():
-                bad.append((name, i))
+    places = [(unit, i) for unit in trainable for i in range(len(unit.names))]
+    flags = [~unit.own(unit.flat_grad)[unit.overlap(i)[0]].isfinite().all() for unit, i in places]
+    flags = torch.stack(flags).to(torch.uint8)
+    all_reduce_(flags, mesh.dp, "max")
+    bad = [places[k] for k in flags.nonzero().flatten().tolist()]
     if not bad:
         return None
     sums = [unit.flat_grad.sum() if unit.local_sum is None else unit.local_sum for unit in trainable]
     sums = all_gather(torch.stack([x.double() for x in sums])[None], mesh.dp)  # [dp, units]
-    nonfinite = ~sums[:, sorted({i for _, i in bad})].isfinite()
+    nonfinite = ~sums[:, sorted({trainable.index(unit) for unit, _ in bad})].isfinite()
     ranks = nonfinite.any(1).nonzero().flatten().tolist()
-    name, more = bad[0][0], f" and {len(bad) - 1} more parameters" if len(bad) > 1 else ""
+    (unit, i), more = bad[0], f" and {len(bad) - 1} more parameters" if len(bad) > 1 else ""
     where = f"on rank {', '.join(map(str, ranks))}" if ranks else "in the sum over ranks, finite on each"
-    return f"non-finite gradient of {name}{more}, {where}"
+    return f"non-finite gradient of {unit.names[i]}{more}, {where}"
 
 
 def _hash(flat: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ class Layout:
     """tensor parallelism: ranks among which the heads and columns of every layer are divided"""
     sequence_parallel: bool = True
     """with tp: divides also what lies between the layers' matrices, by tokens; no more traffic, less memory"""
+    zero: Literal[0, 1, 2, 3] = 0
+    """what the replicas share out: 1 optimizer state, 2 gradients too, 3 weights too (Rajbhandari 2019, 1910.02054)"""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """what a backward computes again: nothing, norms and activation functions, or layers from their inputs"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """type in which gradients are summed over the replicas; bfloat16 halves the traffic and rounds"""
 

@@ -6,6 +6,7 @@ decoder activations are token-major [tokens, hidden_size]; only attention sees [
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +18,7 @@ from kernels.attention import Visible, attention
 from kernels.pointwise import gated_activation, rms_norm, rotate_
 from parallel.collectives import split_back
 from parallel.mesh import Mesh
+from parallel.recompute import recompute
 from parallel.tensor import (
     ColumnParallelLinear,
     Placement,
@@ -24,6 +26,7 @@ from parallel.tensor import (
     VocabParallelEmbedding,
     VocabParallelHead,
     fill_local,
+    full_tensor,
     placements,
 )
 
@@ -161,10 +164,9 @@ class Block(nn.Module):
         self.ffn_in = ColumnParallelLinear(hidden, (columns,) * (1 + config.gated), config.ffn_bias, dtype, tp)
         self.ffn_out = RowParallelLinear((columns,), hidden, config.ffn_bias, dtype, tp, shards_tokens)
 
-    def attend(self, x: Tensor, tables, attention_fn, sharded_tokens: bool = False) -> Tensor:
-        """Self-attention: x [tokens, hidden_size], already normed -> the same shape."""
+    def attend(self, heads: Tensor, tables, attention_fn, sharded_tokens: bool = False) -> Tensor:
+        """Self-attention: queries, keys and values [tokens, (q + k + v heads) * head_dim] -> [tokens, hidden_size]"""
         config = self.config
-        heads = self.qkv(x, sharded_tokens)  # [tokens, (q + k + v heads) * head_dim]
         if config.qk_norm:
             q, k, v = split_heads(heads.view(len(heads), -1, config.head_dim), config)
             heads = torch.cat((self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), v.flatten(1)), 1)
@@ -173,23 +175,22 @@ class Block(nn.Module):
             heads = rotate_(heads, *tables, num_rotated, config.head_dim, config.rotary_interleaved)
         return self.attn_out(attention_fn(heads), sharded_tokens)
 
-    def feed_forward(self, x: Tensor, sharded_tokens: bool = False) -> Tensor:
-        """The position-wise network: x [tokens, hidden_size], already normed -> the same shape."""
+    def contract(self, x: Tensor, sharded_tokens: bool = False) -> Tensor:
+        """Second half of the position-wise network: [tokens, ffn_size or 2 * ffn_size] -> [tokens, hidden_size]"""
         activation = ACTIVATIONS[self.config.activation]
-        x = self.ffn_in(x, sharded_tokens)
         x = gated_activation(x, activation) if self.config.gated else activation(x)
         return self.ffn_out(x, sharded_tokens)
 
-    def forward(self, x: Tensor, tables, attention_fn, sharded_tokens: bool = False) -> Tensor:
+    def forward(self, x: Tensor, tables, attention_fn, sharded_tokens: bool = False, selective: bool = False) -> Tensor:
         """Args: attention_fn: [tokens, (q + k + v heads) * head_dim] -> [tokens, q heads * head_dim]. sharded_tokens:
-        whether x, and what this returns, is [tokens / tp, hidden_size]."""
-        normed = self.attn_norm(x)
-        attended = self.attend(normed, tables, attention_fn, sharded_tokens)
-        if not self.config.parallel_residual:
-            x = x + attended
-            return x + self.feed_forward(self.ffn_norm(x), sharded_tokens)
-        ffn_input = normed if self.config.shared_norm else self.ffn_norm(x)
-        return x + attended + self.feed_forward(ffn_input, sharded_tokens)
+        whether x, and what this returns, is [tokens / tp, hidden_size]. selective: norms and activations are recomputed
+        in the backward, each up to the product behind it."""
+        ffn_norm = self.attn_norm if self.config.shared_norm else self.ffn_norm
+        heads = recompute(selective, lambda x: self.qkv(self.attn_norm(x), sharded_tokens), x)
+        attended = x + self.attend(heads, tables, attention_fn, sharded_tokens)
+        ffn_source = x if self.config.parallel_residual else attended
+        expanded = recompute(selective, lambda x: self.ffn_in(ffn_norm(x), sharded_tokens), ffn_source)
+        return attended + recompute(selective, self.contract, expanded, sharded_tokens)
 
 
 class Decoder(nn.Module):
@@ -199,6 +200,9 @@ class Decoder(nn.Module):
         lm_head: False leaves out an LM head of its own, of which a reward or value model has no use.
     Source: the families' papers; `DecoderConfig` says which parts.
     """
+
+    recompute = "none"  # see parallel/recompute.py; set by data parallelism, as is the next
+    shards = None  # a `parallel.reshard.Shards` if weights are gathered when a pass comes to them
 
     def __init__(
         self,
@@ -223,6 +227,7 @@ class Decoder(nn.Module):
             self.layers = nn.ModuleList(Block(config, mesh, dtype) for _ in range(config.num_layers))
             self.final_norm = make_norm(config, dtype, mesh.sequence_parallel)
             self.lm_head = None
+            self.ties_lm_head = lm_head and config.tied_embeddings
             if lm_head and not config.tied_embeddings:
                 self.lm_head = VocabParallelHead(
                     config.hidden_size, config.vocab_size, config.head_bias, dtype, mesh.tp
@@ -246,6 +251,20 @@ class Decoder(nn.Module):
         """[padded_vocab / tp]"""
         return None if self.lm_head is None else self.lm_head.bias
 
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights by name in full shapes without padding, one at a time. Under zero 3 only the first replica gets them.
+
+        Communication: one all-gather over dp per unit under zero 3, one over tp per parameter sharded there.
+        """
+        parameters = self.named_parameters() if self.shards is None else self.shards.whole_parameters()
+        for name, parameter in parameters:
+            yield name, full_tensor(parameter.detach(), self.placements[name], self.mesh.tp)
+
+    def enter(self, section: int, x: Tensor | None) -> None:
+        """Has the weights of a section at hand: the embeddings, layer by layer, the output; x is what it reads."""
+        if self.shards is not None:
+            self.shards.enter(section, x)
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, first_key: Tensor, kv_cache=None) -> Tensor:
         """Hidden states after the final norm.
 
@@ -265,6 +284,7 @@ class Decoder(nn.Module):
         if sharded_tokens:
             token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
             positions = positions.chunk(tp.size)[tp.rank]
+        self.enter(0, None)
         x = self.embedding(token_ids, sharded_tokens)  # [tokens, hidden_size], or [tokens / tp, hidden_size]
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
@@ -279,11 +299,16 @@ class Decoder(nn.Module):
                     attended = attention(*split_heads(heads, layer.config), visible[config.window(i)])
                 return F.pad(attended.reshape(num_tokens, -1), (0, 0, 0, padding))
 
-            x = layer(x, tables, attention_fn, sharded_tokens)
+            self.enter(i + 1, x)
+            selective = self.recompute == "selective"
+            x = recompute(self.recompute == "full", layer, x, tables, attention_fn, sharded_tokens, selective)
+        self.enter(len(self.layers) + 1, x)
         x = self.final_norm(x)
         if sharded_tokens:
             x = split_back(x, tp)[:num_tokens]
-        return x.view(*shape, -1)
+        hidden = x.view(*shape, -1)
+        self.enter(len(self.layers) + 2, hidden)
+        return hidden
 
 
 class ScalarHead(nn.Module):

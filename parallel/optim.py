@@ -9,10 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallel.collectives import RankError
+from parallel.collectives import RankError, all_gather, all_gather_async_
 from parallel.data_parallel import DataParallel, Unit, describe_nonfinite, saved_tensor
 from parallel.mesh import Mesh
-from parallel.tensor import Placement, fill_local, full_tensor
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -62,17 +61,19 @@ def clip_grad_norm(model: DataParallel, max_norm: float, mesh: Mesh) -> float:
     """L2 norm of all gradients, squares summed in float64; the optimizer then divides by max(1, norm / max_norm).
 
     The gradients themselves are left as they are: the optimizer's own pass scales them. max_norm 0 clips nothing.
-    Communication: over tp one all-reduce of a number; over dp none, since the replicas have the same bits.
+    Communication: every rank squares its part of each unit, whichever parts it holds, and one all-gather of a number
+        over dp brings the sums together: the same bits under zero 0 to 3. One all-reduce of a number over tp.
     Returns: the norm before clipping, the same on all ranks, NaN or infinite if a gradient is.
     Source: Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
-    squares = [
-        sum_of_squares(unit.flat_grad[start:stop])
-        for unit in model.units
-        if unit.trainable
-        for start, stop in unit.counted_slices(mesh.tp)
-    ]
-    model.grad_norm = math.sqrt(mesh.sum(torch.stack(squares).sum(), "tp").item())
+    squares = [torch.zeros((), dtype=torch.float64, device=mesh.device)]
+    for unit in model.units:
+        if unit.trainable:
+            grad, first = unit.own(unit.flat_grad), unit.part.start
+            for start, stop in unit.counted_slices():
+                squares.append(sum_of_squares(grad[max(start - first, 0) : max(stop - first, 0)]))
+    total = all_gather(torch.stack(squares).sum()[None], mesh.dp).sum()
+    model.grad_norm = math.sqrt(mesh.sum(total, "tp").item())
     model.grad_divisor = max(1.0, (model.grad_norm + 1e-6) / max_norm) if max_norm else 1.0
     return model.grad_norm
 
@@ -98,6 +99,7 @@ class AdamW:
         w <- w - lr weight_decay w - lr m' / (sqrt(v') + eps)
 
     The master copy of bfloat16 parameters, m and v are float32; float32 and float64 parameters are their own master.
+    From zero 1 on a rank steps over its part of each unit and holds state for that alone.
     Args: lr: one for all, or one for each role that has trainable parameters.
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
     """
@@ -112,24 +114,28 @@ class AdamW:
     ):
         self.model, self.betas, self.eps = model, betas, eps
         self.units = [unit for unit in model.units if unit.trainable]
-        roles = {unit: unit.name.partition(".")[0] for unit in self.units}
-        self.lr = lr if isinstance(lr, dict) else dict.fromkeys(roles.values(), lr)
-        missing = sorted(set(roles.values()) - set(self.lr))
+        self.roles = {unit: unit.name.partition(".")[0] for unit in self.units}
+        self.lr = lr if isinstance(lr, dict) else dict.fromkeys(self.roles.values(), lr)
+        missing = sorted(set(self.roles.values()) - set(self.lr))
         if missing:
             raise ValueError(f"no learning rate for {', '.join(missing)}, which has trainable parameters")
         self.steps = torch.zeros((), dtype=torch.float32, device=model.mesh.device)  # taken
         self.num_skipped = 0  # in a row, until now
         self.state: dict[Unit, dict[str, Tensor]] = {}
+        self._weights: dict[Unit, Tensor] = {}  # what this rank steps over of each unit's `flat`
         self._groups: dict[tuple, list[list[Tensor]]] = {}  # (role, decay, dtype) -> weights, gradients, m, v
         for unit in self.units:
-            grad = unit.flat_grad
-            master = unit.flat if unit.flat.dtype == grad.dtype else unit.flat.to(grad.dtype)
+            flat, grad, decayed = unit.flat, unit.flat_grad, unit.num_decayed if weight_decay else 0
+            if model.zero:
+                flat, grad = unit.own(flat), unit.own(grad)
+                decayed = min(max(decayed - unit.part.start, 0), grad.numel())
+            master = flat if flat.dtype == grad.dtype else flat.to(grad.dtype)
             self.state[unit] = {"master": master, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
+            self._weights[unit] = flat
             tensors = [master, grad, self.state[unit]["m"], self.state[unit]["v"]]
-            num_decayed = unit.num_decayed if weight_decay else 0
-            for decay, part in ((weight_decay, slice(num_decayed)), (0.0, slice(num_decayed, None))):
+            for decay, part in ((weight_decay, slice(decayed)), (0.0, slice(decayed, None))):
                 if grad[part].numel():
-                    group = self._groups.setdefault((roles[unit], decay, grad.dtype), [[], [], [], []])
+                    group = self._groups.setdefault((self.roles[unit], decay, grad.dtype), [[], [], [], []])
                     for column, tensor in zip(group, tensors, strict=True):
                         column.append(tensor[part])
 
@@ -139,6 +145,7 @@ class AdamW:
 
         Args: lr_scale: what `lr_multiplier` gives. frozen: roles that this step leaves as they are.
         Returns: False if the norm is not finite: then nothing has changed, on any rank.
+        Communication: under zero 1 and 2, and for heads under zero 3, one all-gather over dp of each unit's weights.
         Raises: RankError, naming parameter and rank, for the fifth such step in a row.
         """
         model = self.model
@@ -170,9 +177,14 @@ class AdamW:
                 maximize=False,
                 grad_scale=divisor,
             )
-        for unit in self.units:
-            if self.state[unit]["master"] is not unit.flat:
-                unit.flat.copy_(self.state[unit]["master"])
+        stepped = [unit for unit in self.units if self.roles[unit] not in frozen]
+        for unit in stepped:
+            if self.state[unit]["master"] is not self._weights[unit]:
+                self._weights[unit].copy_(self.state[unit]["master"])
+        if model.zero:
+            gathers = [all_gather_async_(u.flat, self._weights[u], u.dp) for u in stepped if u.full is None]
+            for gather in gathers:
+                gather.wait()
         model.grad_norm = None
         return True
 
@@ -180,10 +192,8 @@ class AdamW:
         """Warns for the first of a row of skipped steps, ends the run with the last."""
         self.num_skipped += 1
         if self.num_skipped in (1, MAX_SKIPPED):
-            reports = self.model.mesh.gather_objects(describe_nonfinite(self.model, self.model.mesh), "tp")
-            culprit = next(
-                (report for report in reports if report is not None), "the norm of finite gradients overflows"
-            )
+            found = self.model.mesh.gather_objects(describe_nonfinite(self.model, self.model.mesh), "tp")
+            culprit = next(filter(None, found), "the norm of finite gradients overflows")
             if self.num_skipped == MAX_SKIPPED:
                 raise RankError(
                     f"{MAX_SKIPPED} optimizer steps in a row skipped: {culprit}; "
@@ -196,18 +206,12 @@ class AdamW:
     def state_dict(self) -> dict[str, Tensor]:
         """m, v and (of bfloat16 parameters) master as "<full name>|m" and so on, in full shapes, and the step count.
 
-        Communication: one all-gather over tp per tensor sharded there.
+        Views; from zero 1 on, or under tp, copies on the CPU, gathered unit by unit; from zero 1 on of rank 0 alone.
         """
         tensors = {"optimizer|steps": self.steps, "optimizer|num_skipped": torch.tensor(float(self.num_skipped))}
-        tp = self.model.mesh.tp
-        return tensors | {name: full_tensor(local, placement, tp) for name, local, placement in self._local_state()}
-
-    def _local_state(self) -> Iterator[tuple[str, Tensor, Placement]]:
-        for unit, state in self.state.items():
-            for key, flat in state.items():
-                if flat is not unit.flat:
-                    for i, (name, placement) in enumerate(zip(unit.names, unit.placements, strict=True)):
-                        yield f"{name}|{key}", unit.view(flat, i), placement
+        for unit, key, flat in self._stored():
+            tensors |= {f"{name}|{key}": x for name, x in unit.full_tensors(flat).items()}
+        return tensors
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -215,8 +219,16 @@ class AdamW:
 
         Raises: ValueError naming a tensor that is missing or of another shape.
         """
-        for name, local, placement in self._local_state():
-            full = saved_tensor(tensors, name, placement.full_shape(local.shape))
-            fill_local(local, full, placement, self.model.mesh.tp)
         self.steps.copy_(saved_tensor(tensors, "optimizer|steps", []))
         self.num_skipped = int(saved_tensor(tensors, "optimizer|num_skipped", []))
+        for unit, key, flat in self._stored():
+            for i, name in enumerate(unit.names):
+                shape = unit.placements[i].full_shape(unit.shapes[i])
+                unit.write(flat, i, saved_tensor(tensors, f"{name}|{key}", shape))
+
+    def _stored(self) -> Iterator[tuple[Unit, str, Tensor]]:
+        """What a checkpoint holds beside the weights."""
+        for unit, state in self.state.items():
+            for key, flat in state.items():
+                if flat is not self._weights[unit]:
+                    yield unit, key, flat

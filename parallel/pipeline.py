@@ -17,8 +17,9 @@ def forward_backward(
     """Adds the gradients of the summed loss over all micro-batches of all replicas to those of the model.
 
     Args: loss_fn: gives a micro-batch's loss, already divided by the num_tokens of the whole batch, and its metrics,
-        0-dim tensors of which the same names appear everywhere. Replicas may have different numbers of micro-batches.
-    Communication: gradients as `DataParallel` reduces them, during the last backward; one all-reduce (sum) of the
+        0-dim tensors of which the same names appear everywhere. Replicas may have different numbers of micro-batches
+        under zero 0 and 1 only, where nothing is communicated before the last.
+    Communication: gradients as `DataParallel` reduces them, during the backward passes; one all-reduce (sum) of the
         metrics over dp, and one (max) if there are names that begin with max_.
     Returns: "loss" and every metric, summed over micro-batches and replicas (max_...: their maximum), as floats.
     """
@@ -26,15 +27,15 @@ def forward_backward(
     total: dict[str, Tensor] = {}
     for i, microbatch in enumerate(microbatches):
         loss, metrics = loss_fn(microbatch)
-        if i == len(microbatches) - 1:
-            model.start_sync()
+        is_last = i == len(microbatches) - 1
+        model.start_sync(is_last)
         loss.backward()
+        model.finish_sync(is_last)
         for name, value in {"loss": loss, **metrics}.items():
             value = value.detach().double()
             if name in total:
                 value = torch.maximum(total[name], value) if name.startswith("max_") else total[name] + value
             total[name] = value
-    model.finish_sync()
     return reduce_metrics(total, model.mesh)
 
 

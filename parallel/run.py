@@ -33,8 +33,8 @@ from parallel.files import on_logger
 from parallel.mesh import Mesh
 
 # flags whose change leaves the rest of a run as it would have been
-HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size", "layout.dp", "layout.tp"}
-HARMLESS |= {"layout.sequence_parallel"}
+HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size"}
+HARMLESS |= {f"layout.{name}" for name in ("dp", "tp", "sequence_parallel", "zero", "recompute")}
 SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say how to start, not what to run
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -104,6 +104,10 @@ def launch(main: Callable, Args: type) -> None:
         raise
     except BaseException:
         fail(traceback.format_exc(), rank, 1)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # threads of the process group may abort an interpreter that ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def say(text: str, file=None) -> None:
@@ -165,6 +169,7 @@ class Run:
         self.resuming = self.begun = False
         self.first_progress: tuple[float, int] | None = None  # time and iterations done at the first progress line
         self.trackers: list[Callable[[dict], None]] = []
+        self.close_tracker: Callable[[], None] = lambda: None
         _process.store = mesh.world.store
         folder, error = None, None
         if mesh.is_logger:
@@ -267,6 +272,7 @@ class Run:
 
             wandb.init(project="rlhf", name=self.folder.name, config=flat_flags(self.args))
             self.trackers.append(lambda row: wandb.log(row, step=row["iteration"]))
+            self.close_tracker = wandb.finish
         elif self.args.track == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -348,6 +354,7 @@ class Run:
 
     def finish(self) -> None:
         """Says where the results lie."""
+        self.close_tracker()
         if self.stop_requested():
             self.note(f"stopped by a signal and saved; --resume --output-dir {self.folder} goes on")
         for name, what in (

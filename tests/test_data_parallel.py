@@ -175,7 +175,7 @@ def test_reduction_in_bfloat16_halves_the_bytes_and_rounds():
 def test_units_follow_the_layers():
     roles = make_roles("frozen", torch.float32)
     values = {role: [p.clone() for p in module.parameters()] for role, module in roles.items()}
-    units = make_units(roles)
+    units = make_units(roles, init_mesh())
     layers = [f"policy.layers.{i}" for i in (0, 1, 1, 2)]
     assert [unit.name for unit in units if unit.name.startswith("policy")] == ["policy.input", *layers, "policy.output"]
     assert [unit.trainable for unit in units[:6]] == [True, False, False, True, True, True]
@@ -188,7 +188,7 @@ def test_units_follow_the_layers():
     for unit in units:
         unit.flat.fill_(3)
         assert all((parameter == 3).all() for parameter in unit.parameters), f"{unit.name} is not made of views"
-    tied = make_units({"policy": Tiny("tied")})
+    tied = make_units({"policy": Tiny("tied")}, init_mesh())
     assert sum(name.endswith(("embedding.weight", "lm_head.weight")) for unit in tied for name in unit.names) == 1
 
 
@@ -269,7 +269,7 @@ def unequal_replicas():
             weight = roles["policy"].layers[1].ffn_in.weight
             weight[0, 0], weight[0, 1] = weight[0, 1].clone(), weight[0, 0].clone()  # equal sums, other places
     with pytest.raises(RankError, match="2 replicas begin with different weights in policy.layers.1 "):
-        check_replicas_equal(make_units(roles), mesh)
+        check_replicas_equal(make_units(roles, mesh), mesh)
     return True
 
 

@@ -270,7 +270,7 @@ BUGS = {  # what is replaced by what; on a layout where it matters
     "partial gradients forgotten": (2, "gpt_neox", True, "parallel.data_parallel.sum_partial_gradients", lambda *_: 0),
     "norms of heads taken as whole": (2, "qwen3", False, "parallel.model.Placement", lambda **_: Placement()),
     "shared key/value heads forgotten": (4, "llama", True, SHARED, lambda self, size: []),
-    "norm counted on every rank": (2, "gpt2", True, COUNTED, lambda self, tp: [(0, len(self.flat))]),
+    "norm counted on every rank": (2, "gpt2", True, COUNTED, lambda self: [(0, self.size)]),
     "the whole gradient behind the gather": (2, "gpt2", True, "parallel.model.split_back", gather_and_sum),
     "labels of the first shard": (2, "gpt2", False, "parallel.tensor.linear_logprobs", from_the_first_shard),
     "bias of a row on every rank": (2, "gpt2", False, "parallel.tensor.RowParallelLinear.forward", biased_row),
