@@ -247,8 +247,11 @@ def test_heads_come_back(tmp_path):
         load_heads(tmp_path, {"value_head": ScalarHead(6, MESH)}, MESH)
     with pytest.raises(ValueError, match="q_head.weight is missing"):
         load_heads(tmp_path, {"q_head": ScalarHead(5, MESH)}, MESH)
-    with pytest.raises(FileNotFoundError, match="heads.safetensors"):
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         load_heads(tmp_path / "nowhere", heads, MESH)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty holds no heads.safetensors"):
+        load_heads(tmp_path / "empty", heads, MESH)
 
 
 # --- training state -------------------------------------------------------------------------------------------------

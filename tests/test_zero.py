@@ -1,5 +1,6 @@
 """ZeRO 1 to 3 against DDP bit by bit, against one process and against torch's FSDP2; bytes against formulas."""
 
+import dataclasses
 import shutil
 from unittest.mock import patch
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import _disable_current_modes
 
-from parallel.collectives import Pending, traffic
+from parallel.collectives import Axis, Pending, traffic
 from parallel.data_parallel import data_parallel, make_units
 from parallel.families import config_from_hf
 from parallel.generation import Sampling, generate
@@ -190,13 +191,9 @@ def test_planted_bug_is_caught(bug, zero, num_microbatches, values_on):
 
 def unit_bytes(config, size):
     """[(name, trainable, bytes of float32)] of the padded units of `make_roles`."""
-
-    class Dp:
-        rank = 0
-
-    Dp.size = size
+    mesh = dataclasses.replace(init_mesh(), dp=Axis("dp", size, 0))
     roles = make_roles(config, init_mesh(), torch.float32)
-    return [(unit.name, unit.trainable, 4 * unit.size) for unit in make_units(roles, Dp)]
+    return [(unit.name, unit.trainable, 4 * unit.size) for unit in make_units(roles, mesh)]
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2, tied"])
