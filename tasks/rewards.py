@@ -79,7 +79,12 @@ def make_reward(spec: str, context: SampleContext | None = None, timeout: float 
         if context is None:
             raise ValueError(f"{spec} is a folder; a reward is module:function, file.py:function or an http(s) address")
         score = make_model_reward(spec, context)
-        return lambda samples: check_scores(score(samples), samples, spec)
+
+        def score_checked(samples: list[Sample]) -> Scores:
+            return check_scores(score(samples), samples, spec)
+
+        score_checked.lies_on_all_ranks = True
+        return score_checked
     function = load_object(spec)
     if not callable(function):
         raise ValueError(f"{spec} is {function!r:.80}, not a function")
@@ -229,7 +234,6 @@ def make_model_reward(folder: str, context: SampleContext) -> Callable[[list[Sam
                 scores[i] = value
         return scores
 
-    score.lies_on_all_ranks = True
     return score
 
 

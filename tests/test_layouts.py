@@ -26,7 +26,9 @@ from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.reward import save_reward_model
 from parallel.tensor import Placement, fill_local, padded_vocab_size, placements
+from tasks.random_walks import make_tokenizer
 from tests.ranks import run_ranks
 from tests.scripts import make_tiny_model, read_rows, run
 
@@ -465,3 +467,21 @@ def test_scripts_run_alike_under_another_layout(script, tmp_path):
                     assert row[key] == value
         for name, weight in expected_weights.items():
             assert (weights[name] - weight).abs().max() <= 1e-4, name
+
+
+def test_a_divided_reward_model_scores_alike(tmp_path):
+    """All ranks of a replica score together, and a value model that starts from it is divided, too."""
+    mesh = init_mesh()
+    model = make_tiny_model(tmp_path / "tiny")
+    decoder, head = load_decoder(str(model), mesh, torch.float32, lm_head=False), ScalarHead(32, mesh, std=0.3)
+    save_reward_model(decoder, head, tmp_path / "rm", mesh, make_tokenizer(), 0.1)
+    flags = ("--model", model, "--reward", "rm", "--value-model", "rm", "--value-lr", 1e-3, *SHORT["ppo"])
+    rows = []
+    for ranks in (1, 2):
+        layout = ("--layout.tp", ranks, "--max-iterations", 2, "--output-dir", f"run-{ranks}")
+        status, _, err = run("ppo.py", *flags, *layout, cwd=tmp_path, ranks=ranks)
+        assert status == 0, err
+        rows.append([(x["score"], x["value_loss"], x["rollout_hash"]) for x in read_rows(tmp_path / f"run-{ranks}")])
+    assert rows[0][-1][0] != rows[0][0][0]
+    for one, two in zip(*rows, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
