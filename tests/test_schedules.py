@@ -1,0 +1,283 @@
+"""Pipeline schedules, without a process: order, idle time and memory against formulas, messages under NCCL's rules."""
+
+import itertools
+from collections import Counter
+
+import pytest
+
+from parallel.schedules import (
+    CHANNELS,
+    SCHEDULES,
+    Action,
+    Transfer,
+    add_transfers,
+    channels_are_ordered,
+    check_layers_per_stage,
+    check_schedule,
+    layers_of_stage,
+    make_schedule,
+    simulate,
+    split_layers,
+)
+
+ONE_COMMUNICATOR = dict.fromkeys(CHANNELS, "all")
+ONE_PER_DIRECTION = {channel: channel.removeprefix("wrap_") for channel in CHANNELS}
+ONE_FOR_WRAPS = {channel: "wrap" if channel.startswith("wrap") else channel for channel in CHANNELS}
+DURATIONS = [(1.0, 1.0, 1.0), (1.0, 1.2, 0.8)]  # of F, B, W
+
+
+def all_stages(name, p, m, v=1):
+    return [SCHEDULES[name](stage, p, m, v) for stage in range(p)]
+
+
+def cases(name):
+    """(p, m, v): every number of stages up to 16, micro-batches from 1 to 8 p where they matter."""
+    for p in range(1, 17):
+        if name == "interleaved":  # the long runs where they are cheap
+            yield from ((p, k * p, v) for v in (1, 2, 3, 4) for k in ((1, 2, 3, 8) if p <= 5 else (1, 2)))
+            continue
+        fewer = {1, 2, p // 2 or 1, p - 1 or 1}  # than stages
+        yield from ((p, m, 1) for m in sorted(fewer | {p, p + 1, 2 * p - 1, 3 * p + 1} | ({8 * p} if p < 9 else set())))
+    yield 16, 128, 4 if name == "interleaved" else 1
+
+
+def expected_bubble(name, p, m, v, durations):
+    forward, backward, weight = durations
+    if name != "zb_h1":
+        return (p - 1) / (v * m + p - 1)
+    idle = (p - 1) * (forward + backward - weight)
+    return idle / (m * sum(durations) + idle)
+
+
+def expected_peak(name, p, m, v, stage):
+    return {
+        "gpipe": m,
+        "1f1b": min(p - stage, m),
+        "interleaved": min(2 * (p - stage) - 1 + (v - 1) * p, v * m),
+        "zb_h1": min(p, m),
+    }[name]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_matches_formulas(name):
+    for p, m, v in cases(name):
+        schedule = all_stages(name, p, m, v)
+        for durations in DURATIONS if p * m * v < 1000 else DURATIONS[1:]:
+            result = simulate(schedule, durations)  # raises unless all work is done, once, without deadlock
+            bubble = expected_bubble(name, p, m, v, durations)
+            if name == "zb_h1" and m < 2 * p - 1:  # too few micro-batches to fill the cool-down: at least not worse
+                assert bubble - 1e-12 < result.bubble < expected_bubble("1f1b", p, m, v, durations) + 1e-12
+            else:
+                assert result.bubble == pytest.approx(bubble, rel=0, abs=1e-12), (p, m, v, durations)
+            assert result.makespan * (1 - result.bubble) == pytest.approx(v * m * sum(durations))
+        peaks = [expected_peak(name, p, m, v, stage) for stage in range(p)]
+        assert result.peak_in_flight == peaks, (p, m, v)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule_does_everything_once_in_order(name):
+    """Counted here without the simulator; ascending micro-batches make gradients equal bit for bit in all schedules."""
+    for p, k, v in itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 3) if name == "interleaved" else (1,)):
+        m = k * p if name == "interleaved" else k * p - 1 or 1
+        for actions in all_stages(name, p, m, v):
+            order = {(kind, chunk): [] for kind in "FBW" for chunk in range(v)}
+            for action in actions:
+                for kind in action.kind:
+                    order[kind, action.chunk].append(action.microbatch)
+            assert order == dict.fromkeys(order, list(range(m))), (p, m, v)
+
+
+def test_schedules_match_worked_examples():
+    """p = 4, m = 8 with equal F, B and W: 1F1B .273, interleaved .158 and .086, ZB-H1 .111."""
+    bubbles = [simulate(all_stages(*case)).bubble for case in [("1f1b", 4, 8), ("interleaved", 4, 8, 2)]]
+    bubbles += [simulate(all_stages(*case)).bubble for case in [("interleaved", 4, 8, 4), ("zb_h1", 4, 8)]]
+    assert [round(bubble, 3) for bubble in bubbles] == [0.273, 0.158, 0.086, 0.111]
+    kinds = " ".join(f"{action.kind}{action.microbatch}" for action in make_schedule("1f1b", 1, 4, 4))
+    assert kinds == "F0 F1 F2 BW0 F3 BW1 BW2 BW3"
+    kinds = " ".join(f"{action.kind}{action.microbatch}" for action in make_schedule("zb_h1", 2, 3, 4))
+    assert kinds == "F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_channels_are_ordered_in_every_schedule(name):
+    for p, m, v in cases(name):
+        schedule = all_stages(name, p, m, v)
+        assert channels_are_ordered(schedule), (p, m, v)
+        if p * m * v < 200:
+            assert channels_are_ordered(schedule, receives_ahead=0), (p, m, v)
+            forwards = [[action for action in actions if action.kind == "F"] for actions in schedule]
+            assert channels_are_ordered(forwards), (p, m, v)
+
+
+def test_one_communicator_deadlocks_one_f_one_b():
+    """With receives just in time only one micro-batch is safe (72 of these 84 cases are not); ahead, none is."""
+    unsafe = 0
+    for p, m in itertools.product(range(2, 14), range(1, 8)):
+        schedule = all_stages("1f1b", p, m)
+        just_in_time = channels_are_ordered(schedule, ONE_COMMUNICATOR, receives_ahead=0)
+        assert just_in_time == (m == 1), (p, m)
+        assert not channels_are_ordered(schedule, ONE_COMMUNICATOR), (p, m)
+        unsafe += not just_in_time
+    assert unsafe == 72
+
+
+@pytest.mark.parametrize("p", [2, 3, 4, 5])
+def test_interleaving_without_wrap_twins_deadlocks(p):
+    for k, v, ahead in itertools.product((1, 2, 4), (2, 3), (0, 1)):
+        schedule = all_stages("interleaved", p, k * p, v)
+        assert not channels_are_ordered(schedule, ONE_COMMUNICATOR, ahead), (k, v, ahead)
+        assert not channels_are_ordered(schedule, ONE_PER_DIRECTION, ahead), (k, v, ahead)
+        # One communicator for both wraps is safe by luck alone: where receives happen to be issued ahead.
+        assert channels_are_ordered(schedule, ONE_FOR_WRAPS, ahead) == (ahead == 1 or k == 1), (k, v, ahead)
+
+
+def test_receives_two_ahead_deadlock():
+    assert not channels_are_ordered(all_stages("1f1b", 4, 8), receives_ahead=2)
+    assert not channels_are_ordered(all_stages("interleaved", 4, 8, 2), receives_ahead=2)
+
+
+@pytest.mark.parametrize(("name", "p", "m", "v"), [("1f1b", 4, 6, 1), ("interleaved", 2, 4, 3), ("zb_h1", 3, 5, 1)])
+def test_transfers_match_between_stages(name, p, m, v):
+    """Each message once at both ends, each receive one action ahead, each send right behind its action."""
+    ends = Counter()
+    for stage, actions in enumerate(all_stages(name, p, m, v)):
+        steps = add_transfers(actions, stage, p, v)
+        assert [step for step in steps if isinstance(step, Action)] == actions
+        position = {step: at for at, step in enumerate(actions)}
+        done = 0
+        for before, step in zip([None, *steps], steps, strict=False):
+            if isinstance(step, Action):
+                done += 1
+                continue
+            source, target = (stage, step.peer) if step.kind == "send" else (step.peer, stage)
+            ends[source, target, step.channel, step.chunk, step.microbatch] += 1 if step.kind == "send" else -1
+            kinds = ("F",) if step.channel.endswith("forward") else ("B", "BW")
+            if step.kind == "send":
+                assert isinstance(before, Action) and before.kind in kinds and before.microbatch == step.microbatch
+            else:
+                [user] = [at for action, at in position.items() if action[1:] == step[3:] and action.kind in kinds]
+                assert max(user - 1, 0) == done
+    assert not any(ends.values()) and len(ends) == 2 * m * (p * v - 1)
+    assert {channel for _, _, channel, _, _ in ends} == set(CHANNELS if v > 1 else CHANNELS[:2])
+
+
+def test_transfers_of_a_wrap():
+    """Two stages of two chunks: the first stage sends its gradients of chunk 1 round to the last stage's chunk 0."""
+    steps = add_transfers(make_schedule("interleaved", 0, 2, 2, 2), 0, 2, 2)
+    assert steps[:4] == [
+        Action("F", 0, 0),
+        Transfer("send", 1, "forward", 0, 0),
+        Transfer("recv", 1, "wrap_forward", 1, 0),
+        Action("F", 0, 1),
+    ]
+    assert Transfer("send", 1, "wrap_backward", 0, 0) in steps
+    assert add_transfers(all_stages("interleaved", 1, 2, 2)[0], 0, 1, 2) == all_stages("interleaved", 1, 2, 2)[0]
+
+
+PLANTED = [("gpipe", 3, 4, 1), ("1f1b", 3, 4, 1), ("interleaved", 2, 4, 2), ("zb_h1", 3, 5, 1)]
+
+
+@pytest.mark.parametrize(("name", "p", "m", "v"), PLANTED)
+def test_simulator_rejects_dropped_and_repeated_actions(name, p, m, v):
+    for stage in range(p):
+        for at in range(len(all_stages(name, p, m, v)[stage])):
+            dropped, repeated = all_stages(name, p, m, v), all_stages(name, p, m, v)
+            action = dropped[stage].pop(at)
+            repeated[stage].insert(at, action)
+            with pytest.raises(ValueError, match=f"stage {stage} never does|deadlock: .*stage"):
+                simulate(dropped)
+            with pytest.raises(ValueError, match=f"stage {stage} does . twice"):
+                simulate(repeated)
+
+
+@pytest.mark.parametrize(("name", "p", "m", "v"), PLANTED)
+def test_swapped_actions_are_caught(name, p, m, v):
+    """Two actions of one kind: messages in another order. A forward and its own backward: a deadlock."""
+    for stage in range(p):
+        for a, b in itertools.combinations(range(len(all_stages(name, p, m, v)[stage])), 2):
+            schedule = all_stages(name, p, m, v)
+            first, second = schedule[stage][a], schedule[stage][b]
+            schedule[stage][a], schedule[stage][b] = second, first
+            if first.kind == second.kind != "W" and first.chunk == second.chunk:
+                assert not channels_are_ordered(schedule), (stage, first, second)
+            if first.kind == "F" and second.kind in ("B", "BW") and first[1:] == second[1:]:
+                with pytest.raises(ValueError, match="deadlock"):
+                    simulate(schedule)
+
+
+def test_deadlock_names_stages_and_actions():
+    schedule = all_stages("1f1b", 2, 2)
+    schedule[0].reverse()
+    with pytest.raises(ValueError) as caught:
+        simulate(schedule)
+    assert str(caught.value) == (
+        "deadlock: stage 0 waits before Action(kind='BW', chunk=0, microbatch=1); "
+        "stage 1 waits before Action(kind='F', chunk=0, microbatch=0)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        (("1f2b", 2, 2), "--layout.schedule 1f2b is not one of gpipe, 1f1b, interleaved, zb_h1"),
+        (("1f1b", 2, 0), "with 0 micro-batches: at least 1"),
+        (("1f1b", 2, 2, 2), "--layout.num-chunks 2 with --layout.schedule 1f1b: only interleaved"),
+        (("interleaved", 2, 2, 1), "--layout.num-chunks 1: give 2 or more, or --layout.schedule 1f1b"),
+        (("interleaved", 4, 6, 2), "groups of the 4 stages, which do not divide 6: use 4 or 8 micro-batches, or "),
+        (("interleaved", 4, 3, 2), "groups of the 4 stages, which do not divide 3: use 4 micro-batches, or "),
+    ],
+)
+def test_check_schedule_rejects(case, text):
+    with pytest.raises(ValueError, match=text):
+        check_schedule(*case)
+
+
+def test_split_layers_matches_brute_force():
+    """The least largest stage over all splits, and in each stage the least largest chunk for its layers."""
+    for p, v, costs in itertools.product((1, 2, 3, 4), (1, 2), ((0, 0), (0.3, 0.7), (0, 1.2), (2.5, 3))):
+        for num_layers in range(p * v, 10):
+            extra = [0.0] * (p * v)
+            extra[0] += costs[0]
+            extra[-1] += costs[1]
+
+            def largest_stage(split, extra=extra, p=p):
+                return max(sum(split[s::p]) + sum(extra[s::p]) for s in range(p))
+
+            split = split_layers(num_layers, p, v, *costs)
+            check_layers_per_stage(split, num_layers, p, v)
+            everything = [
+                other
+                for cuts in itertools.combinations(range(1, num_layers), p * v - 1)
+                for other in [[b - a for a, b in itertools.pairwise([0, *cuts, num_layers])]]
+            ]
+            assert largest_stage(split) == pytest.approx(min(map(largest_stage, everything))), (p, v, num_layers)
+            for s in range(p):
+                alike = [other[s::p] for other in everything if sum(other[s::p]) == sum(split[s::p])]
+                chunks = [[n + x for n, x in zip(other, extra[s::p], strict=True)] for other in [split[s::p], *alike]]
+                assert max(chunks[0]) == pytest.approx(min(map(max, chunks))), (p, v, num_layers, s)
+
+
+def test_split_layers_of_odd_sizes():
+    assert split_layers(7, 3) == [2, 2, 3]  # the last stage holds the fewest micro-batches
+    assert split_layers(80, 4, head_cost=1.2) == [20, 20, 21, 19]
+    assert split_layers(10, 2, 2) == [2, 2, 3, 3]
+    assert layers_of_stage([2, 2, 3, 3], 1, 2) == [range(2, 4), range(7, 10)]
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ((3, 4), "3 layers cannot fill 4 stages of 1 chunks: at most --layout.pp 3$"),
+        ((6, 4, 2), "6 layers cannot fill 4 stages of 2 chunks: at most --layout.pp 3 or --layout.num-chunks 1"),
+        ((2, 3, 4), "at most --layout.pp 2 --layout.num-chunks 1"),
+    ],
+)
+def test_split_layers_rejects_too_few_layers(case, text):
+    with pytest.raises(ValueError, match=text):
+        split_layers(*case)
+
+
+@pytest.mark.parametrize("layers", [[4, 4], [3, 3, 3], [4, 3, 0], [4, 5, -1]])
+def test_layers_per_stage_rejects(layers):
+    with pytest.raises(ValueError, match="must be 3 numbers of at least 1 with the sum 8, .*; for example 2 3 3"):
+        check_layers_per_stage(layers, 8, 3)
