@@ -93,7 +93,8 @@ def fail(what):
 @pytest.fixture
 def call(tmp_path, monkeypatch, capfd):
     """Runs the script in this process, in a folder of its own: (exit status, standard output, standard error)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -344,6 +345,7 @@ def test_error_of_the_code_has_its_traceback(call):
 
 
 def test_interrupt_ends_with_one_word(call):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; in the background it is ignored
     status, _, err = call("--fail", "SIGINT")
     assert status == 130 and err == "interrupted\n"
 
