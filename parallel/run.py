@@ -21,6 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -160,8 +161,9 @@ class Run:
 
     Args: script: its name; args: its flags, of which output_dir, resume, overwrite, allow_change, log_every and track
         are read here.
-    Communication: rank 0 chooses the folder and tells the others.
-    Raises: ValueError on all ranks if the folder holds another run, cannot be written, or was made with other flags.
+    Communication: rank 0 chooses the folder and tells the others; one gather of versions and flags.
+    Raises: ValueError on all ranks if the folder holds another run, cannot be written, or was made with other flags, or
+        if the ranks do not have the same folder, versions and flags.
     """
 
     def __init__(self, script: str, args, mesh: Mesh):
@@ -184,6 +186,26 @@ class Run:
         if error is not None:
             raise ValueError(error)
         self.folder = folder
+        self.check_ranks_agree()
+
+    def check_ranks_agree(self) -> None:
+        """Raises ValueError on all ranks if one does not see the folder, or has other versions or flags than rank 0."""
+        mine = {
+            "Python": sys.version.split()[0],
+            "torch": str(torch.__version__),
+            "transformers": version("transformers"),
+        }
+        mine |= {f"--{name.replace('_', '-')}": x for name, x in flat_flags(self.args).items()}
+        everyone = self.mesh.gather_objects((mine, self.folder.is_dir()))
+        for rank, (theirs, sees_folder) in enumerate(everyone):
+            if not sees_folder:
+                raise ValueError(
+                    f"rank {rank} does not see the run folder {self.folder} that rank 0 has made: "
+                    "--output-dir should be a folder that all machines share"
+                )
+            for name, ours in everyone[0][0].items():
+                if theirs.get(name) != ours:
+                    raise ValueError(f"rank {rank} has {name} {theirs.get(name)!r}, rank 0 {ours!r}: give all the same")
 
     def choose_folder(self) -> Path:
         """The run's folder, made, or checked against the flags of the run that it holds. What it holds stays."""

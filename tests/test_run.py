@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 import ppo
 import sft
@@ -22,6 +23,7 @@ from parallel.checkpoint import save_training_state
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import Optim
 from parallel.run import Run, draw_curves, flat_flags, format_table, launch
+from tests.ranks import run_ranks
 from tests.scripts import start
 
 
@@ -398,6 +400,36 @@ def test_two_ranks_report_an_error_once(case, two_ranks):
     assert status != 0 and err.count(line) == 1 and seconds < limit + start_up, err
     ours = err.split("torch/distributed/elastic")[0]
     assert "Traceback" not in ours and err.count("error: ") <= 1, err
+
+
+def begin_on_rank(folder, log_every, torch_version):
+    """What rank 1 has instead of rank 0: its working directory, a flag, a version; the message that it ends with."""
+    mesh, patch = init_mesh(), pytest.MonkeyPatch()
+    with patch.context():
+        patch.chdir(folder if mesh.rank else folder.parent)
+        if mesh.rank:
+            patch.setattr("torch.__version__", torch_version)
+        try:
+            Run("count", Args(output_dir="run", log_every=log_every if mesh.rank else 1), mesh)
+        except ValueError as error:
+            return str(error)
+        finally:
+            patch.undo()
+    return ""
+
+
+def test_ranks_that_differ_are_named(tmp_path):
+    (tmp_path / "elsewhere/run").mkdir(parents=True)
+    version = str(torch.__version__)
+    assert run_ranks(2, begin_on_rank, tmp_path / "elsewhere", 1, version) == [""] * 2
+    for (log_every, other), message in {
+        (7, version): "rank 1 has --log-every 7, rank 0 1: give all the same",
+        (1, "2.0"): f"rank 1 has torch '2.0', rank 0 {version!r}: give all the same",
+    }.items():
+        assert run_ranks(2, begin_on_rank, tmp_path / "elsewhere", log_every, other) == [message] * 2
+    (tmp_path / "elsewhere/run").rmdir()
+    for message in run_ranks(2, begin_on_rank, tmp_path / "elsewhere", 1, version):
+        assert message.startswith("rank 1 does not see the run folder run that rank 0 has made")
 
 
 def test_death_of_the_launcher_saves_and_leaves_no_orphan(tmp_path):
