@@ -340,17 +340,16 @@ def min_target_q(target_q_heads: nn.Module, states: Tensor, token_ids: Tensor, t
     return torch.stack(values).amin(0)
 
 
-def ilql_loss(microbatch, roles, target_q_heads, args, num_actions):
-    """Loss (eq. 6) and metrics of one micro-batch, divided by the batch's num_actions.
+def ilql_loss(hidden, microbatch, roles, target_q_heads, args, num_actions):
+    """Loss (eq. 6) and metrics of one micro-batch, divided by the batch's num_actions; hidden: states by role.
 
-    Shapes: microbatch as `make_microbatches` gives it, [rows, row_len] each
+    Shapes: hidden [rows, row_len, hidden_size], microbatch as `make_microbatches` gives it, [rows, row_len] each
     """
     mask = microbatch["action_mask"]
     token_ids, rewards, terminal = (
         microbatch[name][mask] for name in ("input_ids", "rewards", "terminal")
     )  # [actions]
-    hidden = roles["policy"](microbatch["input_ids"], microbatch["position_ids"], microbatch["first_key"])
-    states = hidden_before(hidden, mask)  # [actions, hidden_size]
+    states = hidden_before(hidden["policy"], mask)  # [actions, hidden_size]
     state_values = roles["value_head"](states).squeeze(-1)  # [actions]
     tp = roles["policy"].mesh.tp
     target_q = min_target_q(target_q_heads, states.detach(), token_ids, tp)
@@ -397,13 +396,13 @@ def guided_logits(hidden: Tensor, policy, target_q_heads, advantage_scale: float
     return lm_logits(policy, hidden) + advantage_scale * q_values
 
 
-def evaluate(policy, target_q_heads, prompts, reward, args, mesh, tokenizer, eos):
+def evaluate(policy, target_q_heads, prompts, reward, args, tokenizer, eos):
     """Mean score of `eval_samples` responses at fixed noise, at each of the scales.
 
     Communication: scores and texts are gathered over dp.
     Returns: metrics, and rows of (scale, prompt, response, score) of all ranks
     """
-    metrics, table = {}, []
+    mesh, metrics, table = policy.mesh, {}, []
     sample_ids = list(range(args.eval_samples))[mesh.dp.rank :: mesh.dp.size]
     mine = [prompts[i % len(prompts)] for i in sample_ids]
     for scale in args.advantage_scales if args.eval_samples else ():
@@ -543,8 +542,8 @@ def main(args: Args) -> None:
         save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
 
     def evaluate_now():
-        with rollout_weights(policy):
-            metrics, table = evaluate(policy, target_q_heads, eval_prompts, reward, args, mesh, tokenizer, eos)
+        with rollout_weights(policy) as sampler:
+            metrics, table = evaluate(sampler, target_q_heads, eval_prompts, reward, args, tokenizer, eos)
         run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
         scores = {name: x for name, x in metrics.items() if name.startswith("eval_score") and not name.endswith("_se")}
         run.note(f"step {state.step}: " + "  ".join(f"{name} {x:.4f}" for name, x in scores.items()))

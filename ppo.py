@@ -55,7 +55,7 @@ from parallel.generation import EVALUATION, ROLLOUT, Sampling, generate, stop_at
 from parallel.mesh import Layout, RankError, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
-from parallel.pipeline import forward_backward
+from parallel.pipeline import forward_backward, forward_folded, forward_only
 from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model
 from parallel.rows import load_rows, resolve_model
@@ -330,26 +330,27 @@ def ppo_loss(logprobs, entropy, new_values, old, args, num_tokens, value_only=Fa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_models(roles, microbatch, temperature, detach_trunk=False):
+def read_heads(hidden, microbatch, roles, temperature, detach_trunk=False):
     """Log-probabilities, entropies and values (None without a value function) of a micro-batch's response tokens.
 
-    Shapes: microbatch as `pack_batch` makes it -> three of [tokens], in row-major order of its response_mask
+    Args: hidden: states by role, of the policy and, if there is one, the value model.
+    Shapes: hidden [rows, row_len, hidden_size], microbatch as `pack_batch` makes it -> three of [tokens], in row-major
+        order of its response_mask
     """
-    where = microbatch["input_ids"], microbatch["position_ids"], microbatch["first_key"]
     mask = microbatch["response_mask"]
-    states = hidden_before(roles["policy"](*where), mask)  # [tokens, hidden_size]
+    states = hidden_before(hidden["policy"], mask)  # [tokens, hidden_size]
     logprobs, entropy = vocab_parallel_logprobs(states, roles["policy"], microbatch["input_ids"][mask], temperature)
     values = None
     if "value_model" in roles:
-        values = roles["value_head"](hidden_before(roles["value_model"](*where), mask))
+        values = roles["value_head"](hidden_before(hidden["value_model"], mask))
     elif "value_head" in roles:
         values = roles["value_head"](states.detach() if detach_trunk else states)
     return logprobs, entropy, values
 
 
-def minibatch_loss(microbatch, roles, args, num_tokens, value_only=False):
-    """Loss and metrics of one micro-batch (see `ppo_loss`)."""
-    logprobs, entropy, values = run_models(roles, microbatch, args.sampling.temperature, detach_trunk=value_only)
+def minibatch_loss(hidden, microbatch, roles, args, num_tokens, value_only=False):
+    """Loss and metrics of one micro-batch (see `ppo_loss`); hidden: states by role."""
+    logprobs, entropy, values = read_heads(hidden, microbatch, roles, args.sampling.temperature, value_only)
     names = ("old_logprobs", "advantages", "values", "returns")
     old = {name: microbatch[name][microbatch["response_mask"]] for name in names if name in microbatch}
     return ppo_loss(logprobs, entropy, values, old, args, num_tokens, value_only)
@@ -370,32 +371,41 @@ def describe_tokens(roles, rollout, temperature, microbatches):
 
     Args: rollout: with input_ids, response_mask and seq_lens. microbatches: rows of each, as training will take them:
         the same rows laid out in the same way give the same numbers to the last bit.
-    Returns: old_logprobs, ref_logprobs, values, each [batch, seq_len], 0 outside the responses of those rows
+    Returns: old_logprobs, ref_logprobs, values, each [batch, seq_len], 0 outside the responses of those rows, and
+        where another stage has them
     """
-    dtype = torch.promote_types(roles["policy"].embedding.weight.dtype, torch.float32)
+    policy, ref_policy = roles["policy"], roles.get("ref_policy")
+    dtype = torch.promote_types(policy.dtype, torch.float32)
     shape, device = rollout.input_ids.shape, rollout.input_ids.device
     old_logprobs, ref_logprobs, values = torch.zeros(3, *shape, dtype=dtype, device=device)
     fields = {"input_ids": rollout.input_ids, "response_mask": rollout.response_mask}
-    for rows in microbatches:
-        microbatch = pack_batch(fields, rollout.seq_lens, rows)
-        where = microbatch["source"][microbatch["response_mask"]]  # [tokens] flat positions in [batch, seq_len]
-        logprobs, _, new_values = run_models(roles, microbatch, temperature)
-        old_logprobs.view(-1)[where] = logprobs
+    packed = [pack_batch(fields, rollout.seq_lens, rows) for rows in microbatches]
+
+    def place(into, microbatch, numbers):  # [tokens] to their places in [batch, seq_len]
+        into.view(-1)[microbatch["source"][microbatch["response_mask"]]] = numbers.to(dtype)
+
+    trained = {role: roles[role] for role in ("policy", "value_model") if role in roles}
+    for microbatch, (logprobs, _, new_values) in forward_only(
+        trained, packed, partial(read_heads, roles=roles, temperature=temperature)
+    ):
+        place(old_logprobs, microbatch, logprobs)
         if new_values is not None:
-            values.view(-1)[where] = new_values.to(values.dtype)
-        if "ref_policy" in roles:
-            logprobs, _, _ = run_models({"policy": roles["ref_policy"]}, microbatch, temperature)
-        ref_logprobs.view(-1)[where] = logprobs
+            place(values, microbatch, new_values)
+    if ref_policy is None:
+        return old_logprobs, old_logprobs, values
+    for microbatch, hidden in forward_folded(ref_policy, packed, policy.mesh):
+        logprobs, _, _ = read_heads({"policy": hidden}, microbatch, {"policy": ref_policy}, temperature)
+        place(ref_logprobs, microbatch, logprobs)
     return old_logprobs, ref_logprobs, values
 
 
-def evaluate(policy, prompts, reward, args, mesh, tokenizer, eos):
+def evaluate(policy, prompts, reward, args, tokenizer, eos):
     """Mean score of one greedy response per prompt and of `eval_samples` sampled ones at fixed noise.
 
     Communication: scores and texts are gathered over dp.
     Returns: metrics, and rows of (prompt, response, score) of all ranks
     """
-    metrics, table = {}, []
+    mesh, metrics, table = policy.mesh, {}, []
     for kind, temperature, count in (
         ("greedy", 0.0, len(prompts)),
         ("sampled", args.eval_temperature, args.eval_samples),
@@ -453,7 +463,7 @@ def check_mismatch(rollout: Rollout, dtype, iteration, tokenizer) -> dict[str, f
 
 
 def gather_rollout(local: Rollout, mesh) -> Rollout:
-    """The rollouts of all ranks in sample order, on every rank: [batch / dp, seq_len] -> [batch, seq_len].
+    """The rollouts of all replicas of a mesh in sample order, on every rank: [batch / dp, seq_len] -> [batch, seq_len].
 
     Communication: one all-gather over dp per field. They are small beside activations, and each minibatch may then take
     any rows and still give every rank the same number.
@@ -567,11 +577,10 @@ def main(args: Args) -> None:
     mesh = init_mesh(args.layout)
     run = Run("ppo", args, mesh)
     dtype = getattr(torch, args.dtype)
-    for name in ("batch_size", "minibatch_size"):
-        if getattr(args, name) % mesh.dp.size:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(args, name)} is no multiple of {mesh.dp.size} replicas"
-            )
+    if args.minibatch_size % mesh.dp.size:
+        raise ValueError(f"--minibatch-size {args.minibatch_size} is no multiple of {mesh.dp.size} replicas")
+    if args.batch_size % mesh.folded.dp.size:
+        raise ValueError(f"--batch-size {args.batch_size} is no multiple of {mesh.folded.dp.size} replicas and stages")
 
     # models: the policy, its frozen reference and a value function
     folder = resolve_model(args.model)
@@ -580,8 +589,8 @@ def main(args: Args) -> None:
     check_vocabulary(tokenizer, policy.config)
     eos = eos_ids(folder, tokenizer)
     roles = {"policy": policy}
-    if args.kl_coef:
-        roles["ref_policy"] = copy.deepcopy(policy).requires_grad_(False)
+    if args.kl_coef:  # frozen: it has no stages, see `forward_folded`
+        roles["ref_policy"] = load_decoder(folder, mesh.folded, dtype).requires_grad_(False)
     if args.advantage == "gae":
         roles |= make_value_function(args.value_model, policy, tokenizer, mesh, dtype)
     model = data_parallel(roles, mesh, args.layout)
@@ -634,8 +643,8 @@ def main(args: Args) -> None:
         save_decoder(policy, run.folder / name, mesh, tokenizer, heads)
 
     def evaluate_now():
-        with rollout_weights(policy):
-            metrics, table = evaluate(policy, eval_prompts, reward, args, mesh, tokenizer, eos)
+        with rollout_weights(policy) as sampler:
+            metrics, table = evaluate(sampler, eval_prompts, reward, args, tokenizer, eos)
         run.log({"event": "eval", "iteration": state.iteration, "samples": state.samples, **metrics})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         run.note(f"iteration {state.iteration}: {shown}")
@@ -653,15 +662,15 @@ def main(args: Args) -> None:
         started = time.perf_counter()
         timer = {}
 
-        # rollout: this rank's share of the samples
-        mine = args.batch_size // mesh.dp.size
-        sample_ids = [state.samples + mesh.dp.rank * mine + i for i in range(mine)]
+        # rollout: this replica's share of the samples
         first_group = state.samples // args.samples_per_prompt
         order = rows_at(first_group, args.batch_size // args.samples_per_prompt, len(prompts), args.seed)
-        rows = [prompts[order[s // args.samples_per_prompt - first_group]] for s in sample_ids]
-        with rollout_weights(policy):
+        with rollout_weights(policy) as sampler:
+            mine = args.batch_size // sampler.mesh.dp.size
+            sample_ids = [state.samples + sampler.mesh.dp.rank * mine + i for i in range(mine)]
+            rows = [prompts[order[s // args.samples_per_prompt - first_group]] for s in sample_ids]
             generation = generate(
-                policy,
+                sampler,
                 [row.prompt_ids for row in rows],
                 args.sampling,
                 eos_ids=eos,
@@ -675,7 +684,7 @@ def main(args: Args) -> None:
 
         # score
         samples = make_samples(generation, rows, tokenizer, eos, args.sampling.stop)
-        scores = score_together(reward, samples, mesh)
+        scores = score_together(reward, samples, sampler.mesh)
         timer["score_seconds"] = time.perf_counter()
 
         # everybody's rollouts; log-probabilities and values, in the micro-batches of the first epoch
@@ -688,11 +697,11 @@ def main(args: Args) -> None:
                 generation.finished,
                 generation.logprobs,
             ),
-            mesh,
+            sampler.mesh,
         )
         microbatches = [rows for _, mine in split_epoch(args, state.iteration, 0, mesh) for rows in mine]
         described = describe_tokens(roles, rollout, args.sampling.temperature, microbatches)
-        rollout.old_logprobs, rollout.ref_logprobs, rollout.values = (mesh.sum(x, "dp") for x in described)
+        rollout.old_logprobs, rollout.ref_logprobs, rollout.values = (mesh.folded.sum(x, "dp") for x in described)
         mismatch = check_mismatch(rollout, dtype, state.iteration, tokenizer)
         mask = rollout.response_mask
         timer["logprobs_seconds"] = time.perf_counter()
@@ -773,7 +782,8 @@ def main(args: Args) -> None:
             **rollout_metrics(rollout, kl if "ref_policy" in roles else None),
             "kl_coef": kl_coef,
             **mismatch,
-            "kept_mass": mesh.sum(generation.kept_mass * int(generation.response_mask.sum()), "dp") / int(mask.sum()),
+            "kept_mass": sampler.mesh.sum(generation.kept_mass * int(generation.response_mask.sum()), "dp")
+            / int(mask.sum()),
             "advantage_std": advantage_std.item(),
             **{name: sum(step[name] for step in steps) / len(steps) for name in steps[0]},
             "first_log_ratio": steps[0]["max_log_ratio"],

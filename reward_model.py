@@ -39,7 +39,7 @@ from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
-from parallel.pipeline import forward_backward
+from parallel.pipeline import forward_backward, forward_only
 from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model, pack_sequences, read_scores, save_reward_model
 from parallel.rows import Row, load_rows, resolve_model, warn
@@ -251,9 +251,9 @@ def make_microbatches(pairs: list[Pair], args, device):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def pair_loss(microbatch, roles, num_pairs):
-    """Loss (eq. 2) and metrics of one micro-batch, divided by the batch's num_pairs."""
-    scores = read_scores(roles["reward_model"], roles["reward_head"], microbatch)  # [2 * pairs]
+def pair_loss(hidden, microbatch, roles, num_pairs):
+    """Loss (eq. 2) and metrics of one micro-batch, divided by the batch's num_pairs; hidden: states by role."""
+    scores = read_scores(hidden["reward_model"], roles["reward_head"], microbatch)  # [2 * pairs]
     difference = scores[0::2] - scores[1::2]  # [pairs]
     loss = -F.logsigmoid(difference - microbatch["margins"].to(difference.dtype)).sum() / num_pairs
     with torch.no_grad():
@@ -283,15 +283,22 @@ def calibrate(difference: Tensor) -> list[dict]:
 
 @torch.no_grad()
 def score_all(roles, sequences: list[list[int]], args, mesh) -> Tensor:
-    """Scores of all sequences on every rank, each working on its share. Communication: one sum over dp.
+    """Scores of all sequences on every rank, each working on its share. Communication: one sum over all replicas.
 
     Shapes: -> [sequences] float64
     """
     scores = torch.zeros(len(sequences), dtype=torch.float64, device=mesh.device)
+    microbatches = []
     for mine in torch.arange(mesh.dp.rank, len(sequences), mesh.dp.size).split(2 * args.microbatch_size):
         packed = pack_sequences([sequences[i] for i in mine], mesh.device)
-        scores[mine.to(mesh.device)] = read_scores(roles["reward_model"], roles["reward_head"], packed).double()
-    return mesh.sum(scores, "dp")
+        microbatches.append({**packed, "sequences": mine.to(mesh.device)})
+
+    def read(hidden, microbatch):
+        return read_scores(hidden["reward_model"], roles["reward_head"], microbatch)
+
+    for microbatch, found in forward_only({"reward_model": roles["reward_model"]}, microbatches, read):
+        scores[microbatch["sequences"]] = found.double()
+    return mesh.folded.sum(scores, "dp")
 
 
 def evaluate(roles, pairs: list[Pair], args, mesh) -> dict:

@@ -27,7 +27,7 @@ from parallel.data import check_vocabulary, load_tokenizer, pack_batch, pad_batc
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
-from parallel.pipeline import forward_backward
+from parallel.pipeline import forward_backward, forward_only
 from parallel.reshard import rollout_weights
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, check_flags, launch
@@ -103,23 +103,27 @@ def make_microbatches(examples, args, device):
         yield {name: x.to(device) for name, x in microbatch.items()}
 
 
-def sft_loss(microbatch, policy, num_tokens):
-    """Negative log-likelihood of the loss tokens (eq. 1), in nats, divided by the batch's num_tokens."""
+def sft_loss(hidden, microbatch, policy, num_tokens):
+    """Negative log-likelihood of the loss tokens (eq. 1), in nats, divided by the batch's num_tokens.
+
+    Args: hidden: the policy's states, by role. Shapes: [rows, row_len, hidden_size], the micro-batch [rows, row_len]
+    """
     mask = microbatch["loss_mask"]
-    hidden = policy(microbatch["input_ids"], microbatch["position_ids"], microbatch["first_key"])
-    logprobs, _ = vocab_parallel_logprobs(hidden_before(hidden, mask), policy, microbatch["input_ids"][mask])
+    states = hidden_before(hidden["policy"], mask)
+    logprobs, _ = vocab_parallel_logprobs(states, policy, microbatch["input_ids"][mask])
     loss = -logprobs.sum() / num_tokens
     return loss, {"loss": loss.detach()}
 
 
 @torch.no_grad()
 def evaluate(policy, examples, args, mesh):
-    """Nats per predicted token over all examples, and its exponential. Communication: two sums over dp."""
+    """Nats per predicted token over all examples, and its exponential. Communication: one sum over all replicas."""
     nats = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for microbatch in make_microbatches(examples[mesh.dp.rank :: mesh.dp.size], args, mesh.device):
-        nats += sft_loss(microbatch, policy, num_tokens=1)[0].double()
+    mine = list(make_microbatches(examples[mesh.dp.rank :: mesh.dp.size], args, mesh.device))
+    for _, (loss, _) in forward_only({"policy": policy}, mine, partial(sft_loss, policy=policy, num_tokens=1)):
+        nats += loss.double()
     num_tokens = sum(sum(example.loss_mask) for example in examples)
-    loss = mesh.sum(nats, "dp").item() / num_tokens
+    loss = mesh.folded.sum(nats, "dp").item() / num_tokens
     return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700)), "eval_tokens": num_tokens}
 
 

@@ -38,7 +38,7 @@ def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype, lm_head: bool 
     """A decoder from a Hugging Face folder or hub id, read tensor by tensor: no second copy of the model exists.
 
     Args: lm_head: False passes over the files' LM head, if they hold one.
-    Communication: none; every rank reads what it needs.
+    Communication: every rank reads what it needs; with stages one gather over pp of the names read.
     Raises: FileNotFoundError or ValueError naming the file or tensor that does not fit.
     """
     folder = find_folder(path_or_id)
@@ -56,10 +56,11 @@ def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype, lm_head: bool 
     with WeightFiles(folder) as files, torch.no_grad():
         for name, parameter in decoder.named_parameters():
             read_parameter(files, name, parameter, decoder)
-        if lm_head and config.tied_embeddings:
+        if lm_head and config.tied_embeddings and decoder.embedding is not None:
             check_tied_head(files, decoder)
         ignored = IGNORED if lm_head else re.compile(rf"{IGNORED.pattern}|{LM_HEAD.pattern}")
-        unknown = sorted(name for name in set(files.names()) - files.used if not ignored.search(name))
+        used = set().union(*mesh.gather_objects(files.used, "pp"))  # each stage reads its own
+        unknown = sorted(name for name in set(files.names()) - used if not ignored.search(name))
         if unknown:
             raise ValueError(
                 f"{folder}: {len(unknown)} tensors have no place in a {hf_config['model_type']} of this config, "
@@ -221,7 +222,7 @@ def write_model(
     folder: Path, decoder: Decoder, hf_config: dict, tensors: Iterable[tuple[str, Tensor]], tokenizer=None
 ) -> None:
     """config.json, generation_config.json, the tokenizer's files and weights of at most FILE_BYTES a file."""
-    config = {**hf_config, "dtype": str(decoder.embedding.weight.dtype).removeprefix("torch.")}
+    config = {**hf_config, "dtype": str(decoder.dtype).removeprefix("torch.")}
     config.pop("torch_dtype", None)
     write_json(folder / "config.json", config)
     if decoder.generation_config:

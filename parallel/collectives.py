@@ -18,7 +18,7 @@ ROLL_CALL_SECONDS = 3.0  # after a failed collective: how long the other ranks m
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # Made once by all processes together; here and nowhere else, so that they can be ended before the process ends.
-groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}  # by (ranks, channel)
 _traffic: Counter[tuple[str, str]] = Counter()  # bytes sent by this rank, by (axis name, operation)
 
 
@@ -35,13 +35,14 @@ class Axis:
     rank: int
     ranks: tuple[int, ...] | None = field(default=None, repr=False)  # of all processes; None: all of them
     store: dist.Store | None = field(default=None, repr=False)  # where ranks answer the roll call
+    channel: str = field(default="", repr=False)  # which of several groups of the same ranks
 
     def __deepcopy__(self, _):
         return self  # a copied module talks to the same ranks
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        return None if self.ranks is None else groups[self.ranks]
+        return None if self.ranks is None else groups[self.ranks, self.channel]
 
 
 def traffic() -> dict[tuple[str, str], int]:
@@ -119,12 +120,25 @@ def reduce_scatter_async_(x: Tensor, axis: Axis) -> "Pending":
     return Pending(work, axis, "reduce_scatter")
 
 
-def broadcast_(x: Tensor, axis: Axis) -> None:
-    """Replaces x by that of the axis's first rank."""
+def broadcast_(x: Tensor, axis: Axis, source: int = 0) -> None:
+    """Replaces x by that of one rank of the axis."""
     if axis.size > 1:
         _count(axis, "broadcast", x.nbytes)
         with name_lost_ranks(axis, "broadcast"):
-            dist.broadcast(_as_bytes(x), group=axis.group, group_src=0)
+            dist.broadcast(_as_bytes(x), group=axis.group, group_src=source)
+
+
+def send_async(x: Tensor, axis: Axis, target: int) -> "Pending":
+    """Starts to send x to a rank of the axis, which receives as many entries; x stays as it is until `wait` returns."""
+    _traffic[axis.name, "send"] += x.nbytes
+    with name_lost_ranks(axis, "send"):
+        return Pending(dist.isend(x, group=axis.group, group_dst=target), axis, "send")
+
+
+def recv_async_(x: Tensor, axis: Axis, source: int) -> "Pending":
+    """Starts to fill x with what a rank of the axis sends; it is there when `wait` returns."""
+    with name_lost_ranks(axis, "recv"):
+        return Pending(dist.irecv(x, group=axis.group, group_src=source), axis, "recv")
 
 
 @dataclass
@@ -140,6 +154,10 @@ class Pending:
         if self.work is not None:
             with name_lost_ranks(self.axis, self.op):
                 self.work.wait()
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.work is None or self.work.is_completed()
 
 
 class _Conjugate(torch.autograd.Function):

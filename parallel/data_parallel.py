@@ -12,6 +12,9 @@ its `size` entries this rank owns `part`, one of dp equal slices:
 
 Gradients are in float32 (float64 for float64 parameters) and are summed, never averaged: a loss carries 1 / num_tokens
 of the whole batch (see the scripts), so neither the number of replicas nor that of micro-batches changes a gradient.
+With pipeline stages two kinds of units have more replicas: heads, which every stage holds and the last one uses, and a
+tied embedding, which both ends hold. Their sum over those ranks is taken once, after all micro-batches; it adds the
+replicas' and the stages' parts alike.
 Source: Rajbhandari et al. 2019 (arXiv 1910.02054); one unit per layer: Zhao et al. 2023 (2304.11277).
 """
 
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import (
+    Axis,
     Pending,
     RankError,
     all_gather,
@@ -45,11 +49,17 @@ class Unit:
 
     Matrices lie before vectors, so that weight decay, which is for matrices, is one slice: entries [0, num_decayed).
     The layout is padded once so that every rank's part has the same length; no collective needs a padded copy.
+
+    Args: dp: the ranks that hold a copy of it, among which it is summed and shared out.
     """
 
-    def __init__(self, name: str, parameters: dict[str, nn.Parameter], placed: dict[str, Placement], mesh: Mesh):
+    def __init__(
+        self, name: str, parameters: dict[str, nn.Parameter], placed: dict[str, Placement], dp: Axis, mesh: Mesh
+    ):
         ordered = sorted(parameters.items(), key=lambda item: item[1].dim() < 2)  # stable
-        self.name, self.dp, self.tp = name, mesh.dp, mesh.tp
+        self.name, self.dp, self.tp = name, dp, mesh.tp
+        self.zero = 0  # what of it its replicas share out
+        self.chunk: int | None = 0  # of its stage; None: backward passes of several stages complete its gradient
         self.names = [name for name, _ in ordered]
         self.parameters = [parameter for _, parameter in ordered]
         self.shapes = [parameter.shape for parameter in self.parameters]
@@ -81,16 +91,16 @@ class Unit:
         self.pending: Pending | None = None
         self.local_sum: Tensor | None = None  # of this rank's gradients before the reduction: finite or not
 
-    def allocate_gradients(self, zero: int) -> None:
+    def allocate_gradients(self) -> None:
         """Where gradients are summed: the whole unit, which parameter.grad views; from zero 2 on this rank's part."""
         first = self.parameters[0]
         dtype = torch.promote_types(first.dtype, torch.float32)
         share = self.part.stop - self.part.start
-        self.flat_grad = torch.zeros(self.size if zero < 2 else share, dtype=dtype, device=first.device)
+        self.flat_grad = torch.zeros(self.size if self.zero < 2 else share, dtype=dtype, device=first.device)
         for i, parameter in enumerate(self.parameters):
             if parameter.dtype != dtype:
                 parameter.grad_dtype = dtype  # autograd then accumulates in it
-            if zero < 2:
+            if self.zero < 2:
                 parameter.grad = self.view(self.flat_grad, i)
 
     def view(self, whole: Tensor, i: int) -> Tensor:
@@ -218,31 +228,39 @@ class DataParallel:
     """
 
     def __init__(self, roles: dict[str, nn.Module], mesh: Mesh, layout: Layout):
-        self.roles = roles
-        self.mesh = mesh
-        self.zero = layout.zero if mesh.dp.size > 1 else 0  # one replica has nothing to share out
+        self.roles, self.mesh = roles, mesh
+        self.decoders = {  # those that train, stage by stage: what `forward_backward` runs
+            role: module
+            for role, module in roles.items()
+            if isinstance(module, Decoder) and any(p.requires_grad for p in module.parameters())
+        }
         self.reduce_in_bfloat16 = layout.reduce_dtype == "bfloat16"
         self.grad_norm: float | None = None  # set by clip_grad_norm, read by the optimizer
         self.grad_divisor = 1.0
         self.units = make_units(roles, mesh)
         self._order = [unit for unit in reversed(self.units) if unit.trainable]
-        self._num_launched = 0
+        self._todo: list[Unit] = []  # to be reduced in the backward pass under way, in this order
         self._in_flight: list[Unit] = []
-        self._syncing = False
         self._whole: Counter[Unit] = Counter()  # units of zero 3 that are gathered: see Shards
-        if mesh.dp.size > 1:
-            check_replicas_equal(self.units, mesh)
+        check_replicas_equal(self.units)
+        for unit in self.units:
+            if unit.dp.size > 1:  # one replica has nothing to share out
+                unit.zero = layout.zero if unit.chunk is not None else min(layout.zero, 1)
         for role, module in roles.items():
             if isinstance(module, Decoder):
                 module.recompute = layout.recompute
-                if self.zero == 3:
-                    units = [unit for unit in self.units if unit.name.partition(".")[0] == role]
+                units = [unit for unit in self.units if unit.name.partition(".")[0] == role]
+                if mesh.pp.size > 1 and role not in self.decoders:
+                    for unit in units:  # not pipelined: a copy of all layers on every stage would be too much
+                        unit.zero = 3
+                if any(unit.zero == 3 for unit in units):
                     for unit in units:
-                        unit.shard()
+                        if unit.zero == 3:
+                            unit.shard()
                     module.shards = Shards(role, module, units, self._whole)
         for unit in self._order:
-            unit.allocate_gradients(self.zero)
-            if mesh.dp.size > 1:
+            unit.allocate_gradients()
+            if unit.dp.size > 1:
                 for i, parameter in enumerate(unit.parameters):
                     parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, unit, i))
 
@@ -278,57 +296,65 @@ class DataParallel:
         back with the first sum: a forward before it has more room."""
         self.grad_norm = None
         for unit in self._order:
-            if self.zero >= 2:
+            if unit.zero >= 2:
                 unit.flat_grad.untyped_storage().resize_(0)
             else:
                 unit.flat_grad.zero_()
             unit.local_sum = None
 
-    def start_sync(self, is_last: bool) -> None:
-        """To be called before a micro-batch's backward pass: from now on a finished unit is reduced, if it is time."""
-        if self.zero < 2 and not is_last:
-            return
-        for unit in self._order:
+    def start_sync(self, is_last: bool, chunk: int = 0) -> None:
+        """To be called before a micro-batch's backward pass through a chunk of the stage.
+
+        From now on a unit whose gradient is finished is reduced, if it is time: under zero 0 and 1 with is_last alone.
+        """
+        self._todo = [unit for unit in self._order if unit.chunk == chunk and (is_last or unit.zero >= 2)]
+        for unit in self._todo:
             unit.num_unfinished = len(unit.parameters)
             for i, (name, parameter) in enumerate(zip(unit.names, unit.parameters, strict=True)):
-                expected = unit.view(unit.flat_grad, i).data_ptr() if self.zero < 2 else None
+                expected = unit.view(unit.flat_grad, i).data_ptr() if unit.zero < 2 else None
                 found = None if parameter.grad is None else parameter.grad.data_ptr()
                 assert found == expected, f"{name}.grad was replaced: clear gradients with DataParallel.zero_grad only"
-        self._syncing = True
-        self._num_launched = 0
 
-    def finish_sync(self, is_last: bool) -> None:
-        """Reduces what the backward pass did not reach (unused parameters) and returns when all sums are there."""
-        if self._syncing and self.mesh.dp.size > 1:
-            for unit in self._order[self._num_launched :]:
-                self._launch(unit)
+    def finish_sync(self) -> None:
+        """Reduces what the backward pass did not reach (unused parameters); from zero 2 on returns with the sums."""
+        self._launch_ready(everything=True)
+        if any(unit.zero >= 2 for unit in self._in_flight):
             self._settle()
-        self._syncing = False
-        if is_last and self.mesh.tp.size > 1:
+        free_units(self._whole)
+
+    def finish_gradients(self) -> None:
+        """To be called once after all backward passes of a step: returns when all sums are there."""
+        for unit in self._order:
+            if unit.chunk is None:
+                self._launch(unit)
+        self._settle()
+        if self.mesh.tp.size > 1:
             for unit in self._order:
-                sum_partial_gradients(unit, self.zero)
+                sum_partial_gradients(unit)
         for unit in self._whole:  # what waits for a backward pass that does not come
             self._whole[unit] = 0
         free_units(self._whole)
 
     def _on_gradient(self, unit: Unit, i: int, parameter: nn.Parameter) -> None:
         """The hook: the i-th parameter's gradient of this backward pass is complete, shared uses included."""
-        if not self._syncing:
-            assert self.zero < 2, "a backward pass outside forward_backward: nothing would reduce its gradients"
-            return
-        if self.zero >= 2:
+        if unit.zero >= 2:
+            assert unit in self._todo, "a backward pass outside forward_backward: nothing would reduce its gradients"
             if unit.bucket is None:
                 self._settle()  # the bucket before is freed: there is one at a time, unless uses of units interleave
                 unit.bucket = unit.flat_grad.new_zeros(unit.size)
             unit.view(unit.bucket, i).copy_(parameter.grad)
             parameter.grad = None
         unit.num_unfinished -= 1
-        while self._num_launched < len(self._order) and self._order[self._num_launched].num_unfinished == 0:
-            self._launch(self._order[self._num_launched])
-            self._num_launched += 1
+        self._launch_ready()
+
+    def _launch_ready(self, everything: bool = False) -> None:
+        while self._todo and (everything or self._todo[0].num_unfinished == 0):
+            self._launch(self._todo.pop(0))
 
     def _launch(self, unit: Unit) -> None:
-        if self.zero < 2:
+        if unit.dp.size == 1:
+            return
+        if unit.zero < 2:
             unit.bucket = unit.flat_grad
         elif unit.bucket is None:  # unused on this rank, perhaps not on others
             unit.bucket = unit.flat_grad.new_zeros(unit.size)
@@ -336,8 +362,8 @@ class DataParallel:
         unit.local_sum = local_sum if unit.local_sum is None else unit.local_sum + local_sum
         if self.reduce_in_bfloat16:
             unit.bucket = unit.bucket.bfloat16()
-        reduce = reduce_scatter_async_ if self.zero else all_reduce_async_
-        unit.pending = reduce(unit.bucket, self.mesh.dp)
+        reduce = reduce_scatter_async_ if unit.zero else all_reduce_async_
+        unit.pending = reduce(unit.bucket, unit.dp)
         self._in_flight.append(unit)
 
     def _settle(self) -> None:
@@ -348,7 +374,7 @@ class DataParallel:
             if not storage.nbytes():
                 storage.resize_(unit.flat_grad.nbytes)
                 unit.flat_grad.copy_(unit.bucket[unit.part])
-            elif self.zero >= 2:
+            elif unit.zero >= 2:
                 unit.flat_grad += unit.bucket[unit.part]
             elif unit.bucket is not unit.flat_grad:
                 unit.flat_grad.copy_(unit.bucket)
@@ -357,14 +383,14 @@ class DataParallel:
 
 
 @torch.no_grad()
-def sum_partial_gradients(unit: Unit, zero: int) -> None:
+def sum_partial_gradients(unit: Unit) -> None:
     """Completes the gradients of what several ranks of tp hold but use for different heads or tokens.
 
     Heads that lie on several ranks are laid out as if every rank had all of them, others' gradients being 0.
     Communication: one all-reduce over tp, if the unit has any.
     """
-    grad = unit.own(unit.flat_grad) if zero else unit.flat_grad
-    first = unit.part.start if zero else 0  # entry of the unit where grad begins
+    grad = unit.own(unit.flat_grad) if unit.zero else unit.flat_grad
+    first = unit.part.start if unit.zero else 0  # entry of the unit where grad begins
     views, places, wide = [], [], []
     for start, stop, count, place in unit.partial_slices():
         view = grad[max(start - first, 0) : max(stop - first, 0)]
@@ -393,21 +419,41 @@ def make_units(roles: dict[str, nn.Module], mesh: Mesh) -> list[Unit]:
     """
     groups: dict[tuple, dict[str, nn.Parameter]] = {}
     placed: dict[str, Placement] = {}
+    places: dict[str, tuple[Axis, int | None]] = {}  # section -> replicas and chunk
     seen: set[nn.Parameter] = set()
     for role, module in roles.items():
         placed |= {f"{role}.{name}": placement for name, placement in placements(module).items()}
-        layered = isinstance(getattr(module, "layers", None), nn.ModuleList)
-        section = f"{role}.input" if layered else role
+        layers = getattr(module, "layers", None)
+        section = f"{role}.input" if layers is not None else role
+        of_stages = isinstance(module, Decoder) and module.mesh.pp.size > 1
         for name, parameter in module.named_parameters():
-            if layered and name.startswith("layers."):
+            place = (module.mesh.dp, 0) if isinstance(module, Decoder) else (mesh.dp, 0)
+            if layers is not None and name.startswith("layers."):
                 section = ".".join([role, *name.split(".")[:2]])  # <role>.layers.<i>
-            elif layered and section != f"{role}.input":
+                if of_stages:
+                    index = int(name.split(".")[1])
+                    place = mesh.dp, next(c for c, chunk in enumerate(module.chunks) if index in chunk)
+            elif layers is not None and section != f"{role}.input":
                 section = f"{role}.output"
+                if of_stages:
+                    place = mesh.dp, len(module.chunks) - 1
+            unit_name = section
+            if of_stages and module.ties_lm_head and name == "embedding.weight":
+                unit_name, place = f"{role}.embedding", (mesh.ends, None)
+            elif mesh.pp.size > 1 and layers is None:
+                place = mesh.folded_dp, None
             if parameter not in seen:
                 seen.add(parameter)
-                key = (section, parameter.requires_grad, parameter.dtype)
-                groups.setdefault(key, {})[f"{role}.{name}"] = parameter
-    return [Unit(section, parameters, placed, mesh) for (section, _, _), parameters in groups.items()]
+                places[unit_name] = place
+                groups.setdefault((unit_name, parameter.requires_grad, parameter.dtype), {})[f"{role}.{name}"] = (
+                    parameter
+                )
+    units = []
+    for (section, _, _), parameters in groups.items():
+        dp, chunk = places[section]
+        units.append(Unit(section, parameters, placed, dp, mesh))
+        units[-1].chunk = chunk
+    return units
 
 
 def saved_tensor(tensors: dict[str, Tensor], name: str, shape: list[int]) -> Tensor:
@@ -422,18 +468,23 @@ def saved_tensor(tensors: dict[str, Tensor], name: str, shape: list[int]) -> Ten
 
 
 @torch.no_grad()
-def check_replicas_equal(units: list[Unit], mesh: Mesh) -> None:
-    """Raises RankError naming the first unit whose bits are not the same on all replicas."""
-    hashes = torch.stack([_hash(unit.flat) for unit in units])  # [units]
-    bounds = torch.cat([hashes, ~hashes])  # ~ reverses the order of integers: one maximum gives both bounds
-    all_reduce_(bounds, mesh.dp, "max")
-    largest, smallest = bounds[: len(units)], ~bounds[len(units) :]
-    for unit, differs in zip(units, (largest != smallest).tolist(), strict=True):
-        if differs:
-            raise RankError(
-                f"the {mesh.dp.size} replicas begin with different weights in {unit.name} ({unit.names[0]}, ...): "
-                "build every replica from the same files and the same seed"
-            )
+def check_replicas_equal(units: list[Unit]) -> None:
+    """Raises RankError naming the first unit whose bits are not the same on all ranks that hold it.
+
+    Communication: one all-reduce (max) of [2 * units] hashes over each axis along which units have replicas.
+    """
+    for axis in dict.fromkeys(unit.dp for unit in units if unit.dp.size > 1):
+        replicated = [unit for unit in units if unit.dp == axis]
+        hashes = torch.stack([_hash(unit.flat) for unit in replicated])  # [units]
+        bounds = torch.cat([hashes, ~hashes])  # ~ reverses the order of integers: one maximum gives both bounds
+        all_reduce_(bounds, axis, "max")
+        largest, smallest = bounds.chunk(2)
+        for unit, differs in zip(replicated, (largest != ~smallest).tolist(), strict=True):
+            if differs:
+                raise RankError(
+                    f"the {axis.size} replicas begin with different weights in {unit.name} ({unit.names[0]}, ...): "
+                    "build every replica from the same files and the same seed"
+                )
 
 
 @torch.no_grad()

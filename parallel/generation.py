@@ -1,10 +1,14 @@
 """Sampling with a KV cache: one length per sequence, finished slots refilled, noise that is a function of the token.
 
+With pipeline stages there are as many groups of sequences as stages, and they go round: while one group is at the first
+stage, another is at the second, so that all stages are at work although a sequence's next token needs its last one.
+
 The uniform that decides a token depends on (seed, stream, sample, position) alone, so what is sampled depends neither
 on batch order, batch composition and refill order nor on the number of ranks; the logits do only by rounding.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from kernels.attention import Visible, attention
 from kernels.decode import decode_attention, decode_bias
-from parallel.collectives import Axis, all_gather, all_reduce_
+from parallel.collectives import Axis, all_gather, all_reduce_, broadcast_, recv_async_, send_async
 from parallel.model import Decoder, DecoderConfig, split_heads
 from parallel.tensor import VOCAB_MULTIPLE, packed_weights
 
@@ -186,14 +190,15 @@ class KVCache:
     Its capacity, in tokens, grows by CACHE_BLOCK as the longest sequence needs it: batched products over a whole
     contiguous tensor are several times as fast on a CPU as over the visible part of a larger one.
 
-    Args: config: of what this rank computes (`DecoderConfig.shard`).
+    Args: config: of what this rank computes (`DecoderConfig.shard`). layers: of this rank.
     Shapes: stored[layer] [2 (keys, values), num_slots, num_kv_heads, capacity, head_dim]
     """
 
-    def __init__(self, config: DecoderConfig, num_slots: int, dtype: torch.dtype, device: torch.device):
-        self.config = config
-        shape = (2, num_slots, config.num_kv_heads, 0, config.head_dim)
-        self.stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+    def __init__(
+        self, config: DecoderConfig, layers: Iterable[int], num_slots: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.config, self.shape = config, (2, num_slots, config.num_kv_heads, 0, config.head_dim)
+        self.stored = {i: torch.zeros(self.shape, dtype=dtype, device=device) for i in layers}
         self.slots: Tensor | None = None  # those whose prompts the next forward holds; None: it holds one token of each
         self.lens: Tensor | None = None  # [slots] tokens cached before that token
 
@@ -206,7 +211,7 @@ class KVCache:
         """The next forward holds one new token of each of the first len(lens) slots, which have lens tokens cached."""
         self.slots, self.lens = None, lens
         self.reserve(int(lens.max()) + 1)
-        _, num_slots, num_kv_heads, capacity, _ = self.stored[0].shape
+        _, num_slots, num_kv_heads, capacity, _ = self.shape
         heads = torch.arange(2 * num_slots * num_kv_heads, device=lens.device).view(2, num_slots, num_kv_heads)
         heads = heads[:, : len(lens)].transpose(0, 1)  # [slots in use, 2, kv_heads], the order of a token's k and v
         self.places = (heads * capacity + lens[:, None, None]).flatten()  # where each head's new key and value go
@@ -214,15 +219,15 @@ class KVCache:
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for sequences of num_tokens, layer by layer."""
-        capacity = self.stored[0].shape[3]
+        *slots, capacity, head_dim = self.shape
         if num_tokens > capacity:
-            missing = -(-num_tokens // CACHE_BLOCK) * CACHE_BLOCK - capacity
-            for i, layer in enumerate(self.stored):
-                self.stored[i] = F.pad(layer, (0, 0, 0, missing))
+            self.shape = (*slots, -(-num_tokens // CACHE_BLOCK) * CACHE_BLOCK, head_dim)
+            for i, layer in self.stored.items():
+                self.stored[i] = F.pad(layer, (0, 0, 0, self.shape[3] - capacity))
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copies slots over others."""
-        for stored in self.stored:
+        for stored in self.stored.values():
             stored[:, targets] = stored[:, sources]
 
     def attention(self, layer: int, heads: Tensor, visible: Visible) -> Tensor:
@@ -256,14 +261,27 @@ def lm_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     return logits
 
 
-def prefill(decoder: Decoder, cache: KVCache, input_ids, prompt_lens, rows: Tensor, slots: Tensor) -> Tensor:
-    """Runs whole prompts, caching their keys and values: the hidden state of each one's last token [n, hidden_size]."""
-    lens = prompt_lens[rows]
-    prompt_ids = input_ids[rows, : int(lens.max())]  # [n, longest]; causality hides the padding
-    positions = torch.arange(prompt_ids.shape[1], device=prompt_ids.device).expand_as(prompt_ids)
-    cache.prompt(slots, prompt_ids.shape[1])
-    hidden = decoder(prompt_ids, positions, torch.zeros_like(prompt_ids), cache)
-    return hidden[torch.arange(len(rows), device=rows.device), lens - 1]
+@dataclass
+class Pass:
+    """One forward of a group of sequences: whole prompts that enter, or the newest token of each one under way."""
+
+    rows: Tensor  # [n] the sequences
+    slots: Tensor | None  # [n] where prompts enter
+    lens: Tensor  # [n] tokens of each prompt, or those cached before the newest
+    token_ids: Tensor  # [n, seq_len]
+    position_ids: Tensor  # [n, seq_len]
+
+    def forward(self, decoder: Decoder, cache: KVCache, x: Tensor, layers: range) -> Tensor:
+        """Through some layers; behind the last one [n, hidden_size], of each sequence's last token."""
+        if self.slots is not None:
+            cache.prompt(self.slots, self.token_ids.shape[1])
+        else:
+            cache.step(self.lens)
+        x = decoder(x, self.position_ids, torch.zeros_like(self.token_ids), cache, layers)
+        if layers.stop < decoder.config.num_layers:
+            return x
+        last = torch.zeros_like(self.lens) if self.slots is None else self.lens - 1
+        return x[torch.arange(len(last), device=last.device), last]
 
 
 def stop_at(tokenizer, stop: tuple[str, ...]) -> Callable[[list[list[int]]], list[bool]] | None:
@@ -308,11 +326,12 @@ def generate(
     Args: sample_ids: one number per prompt; with seed, stream and position it fixes the noise. logits_fn: hidden
         [n, hidden_size] -> logits [n, padded_vocab / tp] in place of the LM head. num_ids: ids from here on, which the
         tokenizer lacks, are never drawn.
-    Communication: over tp that of the decoder and of `sample_tokens`; replicas do not wait for each other.
+    Communication: over tp that of the decoder and of `sample_tokens`; over pp one message a pass and border between
+        parts, and a broadcast of what was drawn; replicas do not wait for each other.
     Raises: ValueError if a prompt is empty or does not fit the context together with its response.
     """
-    device = decoder.embedding.weight.device
-    config = decoder.config
+    mesh, config, dtype = decoder.mesh, decoder.config, decoder.dtype
+    device, pp = mesh.device, mesh.pp
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long, device=device)  # [batch]
     limit = prompt_lens + sampling.max_new_tokens
     for i, prompt in enumerate(prompts):
@@ -326,7 +345,6 @@ def generate(
     input_ids = torch.zeros(batch, max_len, dtype=torch.long, device=device)
     for i, prompt in enumerate(prompts):
         input_ids[i, : len(prompt)] = torch.tensor(prompt, device=device)
-    dtype = decoder.embedding.weight.dtype
     logprobs = torch.zeros(batch, max_len, device=device, dtype=torch.promote_types(dtype, torch.float32))
     seq_lens = prompt_lens.clone()
     finished = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -335,24 +353,46 @@ def generate(
     noise = uniform(seed, stream, samples[:, None], prompt_lens[:, None] + new)  # [batch, max_new_tokens]
     eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
     kept_mass = torch.zeros((), dtype=torch.float64, device=device)
-
-    num_slots = min(num_slots, batch)
-    cache = KVCache(config.shard(decoder.mesh.tp.size), num_slots, dtype, device)
-    rows = torch.zeros(0, dtype=torch.long, device=device)  # [active] the sequence in each slot; slots are contiguous
     num_started = 0
 
-    def sample_next(hidden: Tensor, rows: Tensor) -> Tensor:
-        """Draws and records the next token of each row; returns which rows go on."""
-        nonlocal kept_mass
+    num_slots = max(min(num_slots, -(-batch // pp.size)), 1)  # of a group
+    layers = [i for chunk in decoder.chunks for i in chunk]
+    caches = [KVCache(config.shard(mesh.tp.size), layers, num_slots, dtype, device) for _ in range(pp.size)]
+    none = torch.zeros(0, dtype=torch.long, device=device)
+    groups = [none] * pp.size  # of each group, the sequence in each slot in use; these slots are the first
+
+    def next_pass(rows: Tensor) -> Pass | None:
+        """What a group, whose slots hold these sequences, does next."""
+        nonlocal num_started
+        num_free = min(num_slots - len(rows), batch - num_started)
+        if num_free and (not len(rows) or num_free >= num_slots // 4 or num_started + num_free == batch):
+            longest = int(prompt_lens[num_started : num_started + num_free].max())
+            num_entered = min(num_free, max(1, PREFILL_TOKENS // longest))
+            entered = torch.arange(num_started, num_started + num_entered, device=device)
+            num_started += num_entered
+            slots = torch.arange(len(rows), len(rows) + num_entered, device=device)
+            token_ids = input_ids[entered, : int(prompt_lens[entered].max())]  # causality hides the padding
+            positions = torch.arange(token_ids.shape[1], device=device).expand_as(token_ids)
+            return Pass(entered, slots, prompt_lens[entered], token_ids, positions)
+        if not len(rows):
+            return None
+        lens = seq_lens[rows] - 1  # the newest token is not in the cache yet
+        return Pass(rows, None, lens, input_ids[rows, lens][:, None], lens[:, None])
+
+    def draw(hidden: Tensor, rows: Tensor) -> Tensor:
+        """Next tokens, their log-probabilities and the mass kept, as [3, n] float64."""
         logits = logits_fn(hidden) if logits_fn is not None else lm_logits(decoder, hidden)
-        positions = seq_lens[rows]
-        tokens, token_logprobs, mass = sample_tokens(
-            logits, noise[rows, positions - prompt_lens[rows]], sampling, num_ids, decoder.mesh.tp
-        )
+        at = noise[rows, seq_lens[rows] - prompt_lens[rows]]
+        return torch.stack([x.double() for x in sample_tokens(logits, at, sampling, num_ids, mesh.tp)])
+
+    def record(drawn: Tensor, rows: Tensor) -> Tensor:
+        """Appends what was drawn; returns which rows go on."""
+        nonlocal kept_mass
+        tokens, positions = drawn[0].long(), seq_lens[rows]
         input_ids[rows, positions] = tokens
-        logprobs[rows, positions] = token_logprobs
+        logprobs[rows, positions] = drawn[1].to(logprobs.dtype)
         seq_lens[rows] = positions + 1
-        kept_mass += mass.sum()
+        kept_mass += drawn[2].sum()
         ended = torch.isin(tokens, eos)
         if stop_fn is not None:
             spans = zip(input_ids[rows].tolist(), prompt_lens[rows].tolist(), (positions + 1).tolist(), strict=True)
@@ -360,32 +400,55 @@ def generate(
         finished[rows] = ended
         return ~ended & (positions + 1 < limit[rows])
 
+    def close(cache: KVCache, rows: Tensor, going: Tensor) -> Tensor:
+        """Moves the last sequences of a group into the slots of those that ended; returns who is left."""
+        num_going = int(going.sum())
+        if num_going < len(rows):
+            holes = (~going[:num_going]).nonzero()[:, 0]
+            movers = going[num_going:].nonzero()[:, 0] + num_going
+            cache.move(movers, holes)
+            rows = rows.clone()
+            rows[holes] = rows[movers]
+        return rows[:num_going]
+
+    passes: list[Pass | None] = [None] * pp.size  # of each group, under way
+    num_parts = pp.size * len(decoder.chunks)
+    came: Tensor | None = None  # what the stage before has sent
     with packed_weights(decoder, num_slots):
-        while num_started < batch or len(rows):
-            num_free = min(num_slots - len(rows), batch - num_started)
-            if num_free and (not len(rows) or num_free >= num_slots // 4 or num_started + num_free == batch):
-                entered = torch.arange(num_started, num_started + num_free, device=device)
-                slots = torch.arange(len(rows), len(rows) + num_free, device=device)
-                going = [torch.ones(len(rows), dtype=torch.bool, device=device)]
-                per_forward = max(1, PREFILL_TOKENS // int(prompt_lens[entered].max()))
-                for part in torch.arange(num_free, device=device).split(per_forward):
-                    hidden = prefill(decoder, cache, input_ids, prompt_lens, entered[part], slots[part])
-                    going.append(sample_next(hidden, entered[part]))
-                num_started += num_free
-                rows, going = torch.cat((rows, entered)), torch.cat(going)
-            else:
-                lens = seq_lens[rows] - 1  # the newest token is not in the cache yet
-                cache.step(lens)
-                tokens = input_ids[rows, lens][:, None]
-                hidden = decoder(tokens, lens[:, None], torch.zeros_like(tokens), cache)[:, 0]
-                going = sample_next(hidden, rows)
-            num_going = int(going.sum())
-            if num_going < len(rows):  # the last slots move into the holes, so that those in use stay the first
-                holes = (~going[:num_going]).nonzero()[:, 0]
-                movers = going[num_going:].nonzero()[:, 0] + num_going
-                cache.move(movers, holes)
-                rows[holes] = rows[movers]
-                rows = rows[:num_going]
+        for tick in itertools.count():
+            # of each group: the part of the model that its pass is at; each is at another stage
+            at = [(tick - group) % num_parts for group in range(pp.size)]
+            for group in range(pp.size):
+                if at[group] == 0:
+                    passes[group] = next_pass(groups[group])
+            if num_started == batch and not any(passes):
+                break
+            mine = (tick - pp.rank) % pp.size
+            one = passes[mine]
+            states = None
+            if one is not None:
+                chunk = decoder.chunks[at[mine] // pp.size]
+                states = one.forward(decoder, caches[mine], one.token_ids if at[mine] == 0 else came, chunk)
+            if pp.size > 1:
+                moving = [(tick - stage) % pp.size for stage in range(pp.size)]  # the group at each stage
+                widths = [
+                    passes[group].token_ids.numel() if passes[group] and at[group] < num_parts - 1 else 0
+                    for group in moving
+                ]
+                came = rotate(states, widths, decoder)
+            for group in range(pp.size):
+                if at[group] < num_parts - 1 or passes[group] is None:
+                    continue
+                rows = passes[group].rows
+                drawn = torch.empty(3, len(rows), dtype=torch.float64, device=device)
+                if pp.rank == pp.size - 1:
+                    drawn = draw(states, rows)
+                broadcast_(drawn, pp, pp.size - 1)
+                going = record(drawn, rows)
+                if passes[group].slots is not None:  # prompts have come to those that were there
+                    going = torch.cat((torch.ones(len(groups[group]), dtype=torch.bool, device=device), going))
+                    groups[group] = torch.cat((groups[group], rows))
+                groups[group] = close(caches[group], groups[group], going)
     seq_len = int(seq_lens.max()) if batch else 1
     positions = torch.arange(seq_len, device=device)
     response_mask = (positions >= prompt_lens[:, None]) & (positions < seq_lens[:, None])
@@ -398,3 +461,25 @@ def generate(
         finished,
         float(kept_mass / response_mask.sum().clamp(min=1)),
     )
+
+
+def rotate(states: Tensor | None, num_tokens: list[int], decoder: Decoder) -> Tensor | None:
+    """Each stage's states to the next one, the last one's to the first; all stages issue their messages in one order.
+
+    Args: num_tokens: that each stage sends, 0 if nothing.
+    Shapes: states [tokens, hidden_size] -> the same of the stage before, None if it sends nothing
+    Communication: over pp one message per stage that sends.
+    """
+    pp, channels = decoder.mesh.pp, decoder.mesh.channels
+    came, pending = None, []
+    for stage, tokens in enumerate(num_tokens):
+        following = (stage + 1) % pp.size
+        channel = channels["forward" if following else "wrap_forward"] if tokens else None
+        if tokens and stage == pp.rank:
+            pending.append(send_async(states, channel, following))
+        elif tokens and following == pp.rank:
+            came = torch.empty(tokens, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.mesh.device)
+            pending.append(recv_async_(came, channel, stage))
+    for message in pending:
+        message.wait()
+    return came

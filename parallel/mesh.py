@@ -1,14 +1,16 @@
 """The mesh: which processes there are, along which axes they lie, and how they agree.
 
-Three axes, each of which may have size 1: dp (replicas that see different data), pp (stages of the model, not used
-yet), tp (slices of a layer): rank = dp_rank * tp + tp_rank, so that the ranks of a replica, which talk most, are
-neighbours. In a plain Python shell, or under a launcher that starts one process, every axis has size 1, no process
-group exists, and all functions below are the identity.
+Three axes, each of which may have size 1: dp (replicas that see different data), pp (stages of the model), tp (slices
+of a layer): rank = (pp_rank * dp + dp_rank) * tp + tp_rank. Ranks that talk most, those of tp, are neighbours; stages,
+which talk least, lie farthest apart. In a plain Python shell, or under a launcher that starts one process, every axis
+has size 1, no process group exists, and all functions below are the identity.
 """
 
+import itertools
 import os
 import pickle
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -16,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_, groups
+from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_, groups, recv_async_, send_async
+from parallel.schedules import CHANNELS
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # a second, dense bfloat16, by part of the GPU's name
 # A rank that does not come to a collective for so long is lost. A dead one is seen at once by its closed connections;
@@ -34,12 +37,23 @@ class Layout:
     """tensor parallelism: ranks among which the heads and columns of every layer are divided"""
     sequence_parallel: bool = True
     """with tp: divides also what lies between the layers' matrices, by tokens; no more traffic, less memory"""
+    pp: int = 1
+    """pipeline parallelism: stages, each with some of the layers, through which micro-batches flow"""
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """order in which a stage takes micro-batches, see parallel/schedules.py"""
+    num_chunks: int = 1
+    """with interleaved: how many separate pieces of the model a stage holds; less idle time, more messages"""
+    layers_per_stage: tuple[int, ...] = ()
+    """layers of each stage (of each piece, in the model's order); none = divided by cost"""
     zero: Literal[0, 1, 2, 3] = 0
     """what the replicas share out: 1 optimizer state, 2 gradients too, 3 weights too (Rajbhandari 2019, 1910.02054)"""
     recompute: Literal["none", "selective", "full"] = "none"
     """what a backward computes again: nothing, norms and activation functions, or layers from their inputs"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """type in which gradients are summed over the replicas; bfloat16 halves the traffic and rounds"""
+    rollout: Literal["auto", "folded", "rotation"] = "auto"
+    """generation with pp: folded = every stage has all layers meanwhile and is a replica; rotation = sequences go round
+    the stages; auto = folded where the memory is there"""
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,11 @@ class Mesh:
     pp: Axis
     tp: Axis
     world: Axis = field(repr=False)  # all processes
+    folded_dp: Axis = field(repr=False)  # pp x dp: what dp is where stages are replicas
+    ends: Axis = field(repr=False)  # first and last stage x dp: who holds a tied embedding
+    channels: dict[str, Axis] = field(repr=False)  # of pp, by name of parallel/schedules.py
     device: torch.device
-    sequence_parallel: bool = False  # over tp
+    layout: Layout = Layout()
 
     @property
     def rank(self) -> int:
@@ -62,6 +79,16 @@ class Mesh:
         return self.world.size
 
     @property
+    def sequence_parallel(self) -> bool:
+        """Whether tokens are divided over tp between the layers' matrices."""
+        return self.layout.sequence_parallel and self.tp.size > 1
+
+    @property
+    def folded(self) -> "Mesh":
+        """The same ranks without stages: each stage is pp times as many replicas, numbered as they are."""
+        return replace(self, dp=self.folded_dp, pp=Axis("pp", 1, 0))
+
+    @property
     def is_logger(self) -> bool:
         """Whether this is the one rank that prints and writes."""
         return self.rank == 0
@@ -70,6 +97,9 @@ class Mesh:
         """The layout in words."""
         tokens = ", tokens divided between matrices" if self.sequence_parallel else ""
         axes = [f"data parallel {self.dp.size}"] + [f"tensor parallel {self.tp.size}{tokens}"] * (self.tp.size > 1)
+        if self.pp.size > 1:
+            chunks = f" of {self.layout.num_chunks} pieces" if self.layout.num_chunks > 1 else ""
+            axes.append(f"pipeline stages {self.pp.size}{chunks}, {self.layout.schedule}")
         return f"{' x '.join(axes)} (processes: {self.world_size}), on {self.device}"
 
     def utilisation(self, flops: float, seconds: float) -> dict[str, float]:
@@ -102,18 +132,18 @@ class Mesh:
         rows = all_gather(padded, over).cpu()  # [size, bytes of the largest]
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
-    def broadcast_object(self, obj: Any, axis: str = "world") -> Any:
-        """The picklable object that the axis's first rank passed, on all of its ranks."""
+    def broadcast_object(self, obj: Any, axis: str = "world", source: int = 0) -> Any:
+        """The picklable object that one rank of the axis passed, the first unless said, on all of its ranks."""
         over = getattr(self, axis)
         if over.size == 1:
             return obj
-        data = torch.frombuffer(bytearray(pickle.dumps(obj if over.rank == 0 else None)), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(pickle.dumps(obj if over.rank == source else None)), dtype=torch.uint8)
         size = torch.tensor([data.numel()], device=self.device)
-        broadcast_(size, over)
+        broadcast_(size, over, source)
         message = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        if over.rank == 0:
+        if over.rank == source:
             message.copy_(data)
-        broadcast_(message, over)
+        broadcast_(message, over, source)
         return pickle.loads(message.cpu().numpy().tobytes())
 
     def raise_together(self, error: Exception | None) -> None:
@@ -173,41 +203,96 @@ def init_mesh(layout: Layout = Layout()) -> Mesh:
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
-    num_replicas = world_size // layout.tp
-    return Mesh(
-        dp=make_axis("dp", [[i * layout.tp + j for i in range(num_replicas)] for j in range(layout.tp)], rank, store),
-        pp=Axis("pp", 1, 0),
-        tp=make_axis("tp", [[i * layout.tp + j for j in range(layout.tp)] for i in range(num_replicas)], rank, store),
+    tp, pp = layout.tp, layout.pp
+    dp = world_size // (tp * pp)
+
+    def axis(name: str, ranks_of: Callable[[int, int, int], list[int]], channel: str = "") -> Axis:
+        """The axis whose ranks `ranks_of` gives for each place (pp, dp, tp) of the mesh."""
+        places = itertools.product(range(pp), range(dp), range(tp))
+        return make_axis(name, [ranks_of(*place) for place in places], rank, store, channel)
+
+    def at(i: int, j: int, k: int) -> int:
+        return (i * dp + j) * tp + k
+
+    def along_pp(_, j: int, k: int) -> list[int]:
+        return [at(i, j, k) for i in range(pp)]
+
+    names = CHANNELS if layout.num_chunks > 1 else CHANNELS[:2]
+    mesh = Mesh(
+        dp=axis("dp", lambda i, _, k: [at(i, j, k) for j in range(dp)]),
+        pp=axis("pp", along_pp),
+        tp=axis("tp", lambda i, j, _: [at(i, j, k) for k in range(tp)]),
         world=Axis("world", world_size, rank, store=store),
+        folded_dp=axis("dp", lambda _i, _j, k: [at(i, j, k) for i in range(pp) for j in range(dp)]),
+        ends=axis("ends", lambda _i, _j, k: [at(i, j, k) for i in sorted({0, pp - 1}) for j in range(dp)]),
+        channels={name: axis("pp", along_pp, name) for name in names} if pp > 1 else {},
         device=device,
-        sequence_parallel=layout.sequence_parallel and layout.tp > 1,
+        layout=layout,
     )
+    open_channels(mesh)
+    return mesh
 
 
-def make_axis(name: str, rows: list[list[int]], rank: int, store) -> Axis:
-    """The axis along the row of ranks that holds this one. Every rank calls it with all rows, in the same order."""
+def lone_mesh() -> Mesh:
+    """This process by itself, on the CPU, whatever others there are."""
+    sizes = ("dp", "pp", "tp", "world", "folded_dp", "ends")
+    axes = {name: Axis(name.removeprefix("folded_"), 1, 0) for name in sizes}
+    return Mesh(**axes, channels={}, device=torch.device("cpu"))
+
+
+def make_axis(name: str, rows: list[list[int]], rank: int, store, channel: str = "") -> Axis:
+    """The axis along the row of ranks that holds this one; every process calls it with all rows, in the same order.
+
+    A rank may be in no row: the axis then has size 1. A channel gets groups of its own.
+    """
+    everyone = 1 if not dist.is_initialized() else dist.get_world_size()
     for ranks in map(tuple, rows):
-        if 1 < len(ranks) < dist.get_world_size() and ranks not in groups:
-            groups[ranks] = dist.new_group(ranks, timeout=GROUP_TIMEOUT)
-    mine = next(tuple(ranks) for ranks in rows if rank in ranks)
-    return Axis(name, len(mine), mine.index(rank), mine if mine in groups else None, store)
+        if 1 < len(ranks) and (len(ranks) < everyone or channel) and (ranks, channel) not in groups:
+            groups[ranks, channel] = dist.new_group(ranks, timeout=GROUP_TIMEOUT)
+    mine = next((tuple(ranks) for ranks in rows if rank in ranks), (rank,))
+    return Axis(name, len(mine), mine.index(rank), mine if (mine, channel) in groups else None, store, channel)
+
+
+def open_channels(mesh: Mesh) -> None:
+    """Sends a first message along every channel, one after the other: NCCL connects a pair when it first talks, and
+    blocks meanwhile whoever calls it."""
+    for name, channel in mesh.channels.items():
+        hops = [(i, i + 1) for i in range(channel.size - 1)] if "wrap" not in name else [(channel.size - 1, 0)]
+        for source, target in hops if name.endswith("forward") else [hop[::-1] for hop in hops]:
+            message = torch.zeros(1, device=mesh.device)
+            if channel.rank == source:
+                send_async(message, channel, target).wait()
+            elif channel.rank == target:
+                recv_async_(message, channel, source).wait()
 
 
 def check_layout(layout: Layout, world_size: int) -> None:
     """Raises ValueError, with what would fit, unless the layout's axes multiply to the number of processes."""
-    if layout.tp < 1 or world_size % layout.tp:
-        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    for name, size in (("tp", layout.tp), ("pp", layout.pp)):
+        if size < 1 or world_size % size:
+            fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            raise ValueError(
+                f"--layout.{name} {size} does not divide the {world_size} processes: give one of "
+                f"{', '.join(map(str, fitting))}, or start torchrun --nproc-per-node {max(size, 1)}"
+            )
+    model_ranks = layout.tp * layout.pp
+    if world_size % model_ranks or layout.dp not in (0, world_size // model_ranks):
+        needed = max(layout.dp, 1) * model_ranks
+        sizes = [f"--layout.{name} {n}" for name, n in vars(layout).items() if name in ("dp", "tp", "pp") and n > 1]
+        hint = ""
+        if layout.dp and world_size % model_ranks == 0:
+            hint = f"leave --layout.dp out (or give {world_size // model_ranks}), or "
         raise ValueError(
-            f"--layout.tp {layout.tp} does not divide the {world_size} processes: give one of "
-            f"{', '.join(map(str, fitting))}, or start torchrun --nproc-per-node {max(layout.tp, 1)}"
+            f"{' x '.join(sizes) or '--layout.dp 1'} needs {needed} processes, but {world_size} were started: "
+            f"{hint}start torchrun --nproc-per-node {needed}"
         )
-    if layout.dp not in (0, world_size // layout.tp):
-        needed = max(layout.dp, 1) * layout.tp
+    if layout.num_chunks > 1 and layout.schedule != "interleaved":
         raise ValueError(
-            f"--layout.dp {layout.dp} x --layout.tp {layout.tp} needs {needed} processes, but {world_size} were "
-            f"started: leave --layout.dp out (or give {world_size // layout.tp}), or start torchrun "
-            f"--nproc-per-node {needed}"
+            f"--layout.num-chunks {layout.num_chunks} with --layout.schedule {layout.schedule}: only interleaved has "
+            "several pieces in a stage; add --layout.schedule interleaved"
         )
+    if layout.schedule == "interleaved" and layout.pp > 1 and layout.num_chunks < 2:
+        raise ValueError("--layout.schedule interleaved needs --layout.num-chunks 2 or more; with one piece use 1f1b")
 
 
 def _describe(error: Exception) -> str:

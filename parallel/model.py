@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from kernels.attention import Visible, attention
 from kernels.pointwise import gated_activation, rms_norm, rotate_
-from parallel.collectives import split_back
-from parallel.mesh import Mesh
+from parallel.collectives import broadcast_, split_back
+from parallel.mesh import Layout, Mesh
 from parallel.recompute import recompute
+from parallel.schedules import check_layers_per_stage, layers_of_stage, split_layers
 from parallel.tensor import (
     ColumnParallelLinear,
     Placement,
@@ -95,6 +96,32 @@ class DecoderConfig:
             num_kv_heads=max(self.num_kv_heads // tp, 1),
             ffn_size=self.ffn_size // tp,
         )
+
+    def count_parameters(self, lm_head: bool = True) -> int:
+        """Of a whole model, without padded vocabulary rows; tied embeddings count once."""
+        d, norm = self.hidden_size, self.hidden_size * (2 if self.norm == "layernorm" else 1)
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        ffn_in = self.ffn_size * (1 + self.gated)
+        layer = (q + 2 * kv) * (d + self.qkv_bias) + d * (q + self.attn_out_bias) + norm * (2 - self.shared_norm)
+        layer += ffn_in * (d + self.ffn_bias) + d * (self.ffn_size + self.ffn_bias) + 2 * self.head_dim * self.qk_norm
+        head = self.vocab_size * (d + self.head_bias) if lm_head and not self.tied_embeddings else 0
+        positions = self.max_seq_len * d * self.learned_positions
+        return self.vocab_size * d + positions + self.num_layers * layer + norm + head
+
+    def layers_by_part(self, layout: Layout, lm_head: bool = True) -> list[int]:
+        """How many layers each part of a pipeline gets, in the model's order: as the flag says, or by cost.
+
+        Costs are numbers of parameters, which weigh on memory and, but for the embedding's, on time.
+        Raises: ValueError, with what would fit, if there are too few layers or the flag's numbers do not fit.
+        """
+        if layout.layers_per_stage:
+            check_layers_per_stage(list(layout.layers_per_stage), self.num_layers, layout.pp, layout.num_chunks)
+            return list(layout.layers_per_stage)
+        matrix = self.vocab_size * self.hidden_size
+        ends = (2 if lm_head else 1) * matrix if not (lm_head and self.tied_embeddings) else matrix
+        layer = (self.count_parameters(lm_head) - ends) / self.num_layers
+        head = matrix / layer if lm_head else 0.0
+        return split_layers(self.num_layers, layout.pp, layout.num_chunks, matrix / layer, head)
 
     def fits_tp(self, tp: int) -> bool:
         kv_fits = self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0
@@ -196,13 +223,19 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids to hidden states after the final norm; the LM head's weight lies here, its product is the caller's.
 
+    With stages (mesh.pp) a rank holds the layers of its `chunks`, under their numbers in the whole model, the rank with
+    the first layer also the embeddings, the one with the last the output: final norm and LM head. Where the head is
+    tied to the embedding, both ends hold that.
+
     Args: seed: every parameter is drawn from a generator seeded by (seed, its name); None leaves them uninitialised.
         lm_head: False leaves out an LM head of its own, of which a reward or value model has no use.
+    Raises: ValueError if tp or pp do not fit the model.
     Source: the families' papers; `DecoderConfig` says which parts.
     """
 
     recompute = "none"  # see parallel/recompute.py; set by data parallelism, as is the next
     shards = None  # a `parallel.reshard.Shards` if weights are gathered when a pass comes to them
+    fold = None  # a `parallel.reshard.Fold` once rollouts have had all layers on every stage
 
     def __init__(
         self,
@@ -213,83 +246,114 @@ class Decoder(nn.Module):
         lm_head: bool = True,
     ):
         super().__init__()
-        self.config, self.mesh = config, mesh
+        self.config, self.mesh, self.dtype, self.has_lm_head = config, mesh, dtype, lm_head
         self.hf_config: dict = {}  # as read from config.json; what export writes again
         self.generation_config: dict = {}  # likewise of generation_config.json
         self.source = ""  # folder or hub id that the weights came from
+        self.layers_by_part = [config.num_layers]
+        if mesh.pp.size > 1:
+            self.layers_by_part = config.layers_by_part(mesh.layout, lm_head)
+        self.chunks = layers_of_stage(self.layers_by_part, mesh.pp.rank, mesh.pp.size)
+        self.is_first = self.chunks[0].start == 0
+        self.is_last = self.chunks[-1].stop == config.num_layers
+        self.ties_lm_head = lm_head and config.tied_embeddings
         with torch.device(mesh.device):
-            self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, mesh.tp)
-            self.position_embedding = None
-            if config.learned_positions:
+            self.embedding = self.position_embedding = self.final_norm = self.lm_head = None
+            if self.is_first or (self.is_last and self.ties_lm_head):
+                self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, dtype, mesh.tp)
+            if self.is_first and config.learned_positions:
                 weight = torch.empty(config.max_seq_len, config.hidden_size, dtype=dtype)
                 self.position_embedding = nn.Embedding(*weight.shape, _weight=weight)
                 self.position_embedding.placements = {"weight": Placement(is_partial=mesh.sequence_parallel)}
-            self.layers = nn.ModuleList(Block(config, mesh, dtype) for _ in range(config.num_layers))
-            self.final_norm = make_norm(config, dtype, mesh.sequence_parallel)
-            self.lm_head = None
-            self.ties_lm_head = lm_head and config.tied_embeddings
-            if lm_head and not config.tied_embeddings:
+            self.layers = nn.ModuleDict({str(i): Block(config, mesh, dtype) for chunk in self.chunks for i in chunk})
+            if self.is_last:
+                self.final_norm = make_norm(config, dtype, mesh.sequence_parallel)
+            if self.is_last and lm_head and not config.tied_embeddings:
                 self.lm_head = VocabParallelHead(
                     config.hidden_size, config.vocab_size, config.head_bias, dtype, mesh.tp
                 )
-        self.placements = placements(self)  # of every parameter, by name
+        self.placements = placements(self)  # of every parameter here, by name
         if seed is not None:
             initialise(self, config, seed)
 
     @property
     def num_parameters(self) -> int:
         """Of the whole model, without padded vocabulary rows; tied embeddings count once."""
-        return sum(math.prod(self.placements[name].full_shape(p.shape)) for name, p in self.named_parameters())
+        return self.config.count_parameters(self.has_lm_head)
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """[padded_vocab / tp, hidden_size]"""
+        """[padded_vocab / tp, hidden_size]; on the last stage"""
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def lm_head_bias(self) -> Tensor | None:
-        """[padded_vocab / tp]"""
+        """[padded_vocab / tp]; on the last stage"""
         return None if self.lm_head is None else self.lm_head.bias
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Weights by name in full shapes without padding, one at a time. Under zero 3 only the first replica gets them.
 
-        Communication: one all-gather over dp per unit under zero 3, one over tp per parameter sharded there.
+        Communication: one all-gather over dp per unit under zero 3, one over tp per parameter sharded there; with
+        stages one broadcast over pp per parameter, with its name and shape.
         """
         parameters = self.named_parameters() if self.shards is None else self.shards.whole_parameters()
-        for name, parameter in parameters:
-            yield name, full_tensor(parameter.detach(), self.placements[name], self.mesh.tp)
+        local = ((name, full_tensor(p.detach(), self.placements[name], self.mesh.tp)) for name, p in parameters)
+        pp = self.mesh.pp
+        if pp.size == 1:
+            yield from local
+            return
+        for stage in range(pp.size):
+            while True:
+                name, full = next(local, (None, None)) if stage == pp.rank else (None, None)
+                head = None if name is None else (name, full.shape, full.dtype)
+                head = self.mesh.broadcast_object(head, "pp", stage)
+                if head is None:
+                    break
+                name, shape, dtype = head
+                full = torch.empty(shape, dtype=dtype, device=self.mesh.device) if full is None else full.contiguous()
+                broadcast_(full, pp, stage)
+                if stage == 0 or name != "embedding.weight":  # else the twin of a tied one
+                    yield name, full
 
     def enter(self, section: int, x: Tensor | None) -> None:
         """Has the weights of a section at hand: the embeddings, layer by layer, the output; x is what it reads."""
         if self.shards is not None:
             self.shards.enter(section, x)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, first_key: Tensor, kv_cache=None) -> Tensor:
-        """Hidden states after the final norm.
+    def forward(
+        self, x: Tensor, position_ids: Tensor, first_key: Tensor, kv_cache=None, layers: range | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm, or between two layers.
 
-        Args: first_key: in row coordinates, the earliest position that each token's query may see.
-            kv_cache: a `parallel.generation.KVCache`; then keys and values are stored in it and read from it.
-        Shapes: input_ids, position_ids, first_key [batch, seq_len] -> [batch, seq_len, hidden_size]
+        Args: x: token ids, or what the layer before layers.start gave. first_key: in row coordinates, the earliest
+            position that each token's query may see. kv_cache: a `parallel.generation.KVCache`; then keys and values
+            are stored in it and read from it. layers: of this rank; None: all of the model.
+        Shapes: token ids, position_ids, first_key [batch, seq_len] -> [batch, seq_len, hidden_size]; between layers
+            [tokens, hidden_size], under sequence parallelism (without a cache) [tokens / tp, hidden_size]
         """
         config, tp = self.config, self.mesh.tp
-        shape, num_tokens = input_ids.shape, input_ids.numel()
-        token_ids, positions = input_ids.flatten(), position_ids.flatten()
+        layers = range(config.num_layers) if layers is None else layers
+        shape, num_tokens = position_ids.shape, position_ids.numel()
+        positions = position_ids.flatten()
         tables = None
         if config.rotary_dim:
-            dtype = self.embedding.weight.dtype
-            tables = tuple(table.to(dtype)[:, None] for table in rotary_tables(config, positions))
+            tables = tuple(table.to(self.dtype)[:, None] for table in rotary_tables(config, positions))
         sharded_tokens = self.mesh.sequence_parallel and kv_cache is None
         padding = -num_tokens % tp.size if sharded_tokens else 0  # every rank holds as many tokens
-        if sharded_tokens:
-            token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
-            positions = positions.chunk(tp.size)[tp.rank]
-        self.enter(0, None)
-        x = self.embedding(token_ids, sharded_tokens)  # [tokens, hidden_size], or [tokens / tp, hidden_size]
-        if self.position_embedding is not None:
-            x = x + self.position_embedding(positions)
+        if layers.start == 0:
+            token_ids = F.pad(x.flatten(), (0, padding))
+            self.enter(0, None)
+            x = self.embedding(token_ids, sharded_tokens)  # [tokens, hidden_size], or [tokens / tp, hidden_size]
+            if self.position_embedding is not None:
+                if sharded_tokens:
+                    positions = F.pad(positions, (0, padding)).chunk(tp.size)[tp.rank]
+                x = x + self.position_embedding(positions)
         visible = {window: Visible(first_key, window) for window in set(config.windows) or {None}}
-        for i, layer in enumerate(self.layers):
+        section = list(self.layers).index(str(layers.start))  # the first one here; the input's is 0
+        for i in layers:
+            section += 1
+            layer = self.layers[str(i)]
 
             def attention_fn(heads, layer=layer, i=i):
                 heads = heads[:num_tokens].view(*shape, -1, config.head_dim)  # [batch, seq_len, q + k + v heads, ...]
@@ -299,16 +363,19 @@ class Decoder(nn.Module):
                     attended = attention(*split_heads(heads, layer.config), visible[config.window(i)])
                 return F.pad(attended.reshape(num_tokens, -1), (0, 0, 0, padding))
 
-            self.enter(i + 1, x)
+            self.enter(section, x)
             selective = self.recompute == "selective"
             x = recompute(self.recompute == "full", layer, x, tables, attention_fn, sharded_tokens, selective)
-        self.enter(len(self.layers) + 1, x)
-        x = self.final_norm(x)
-        if sharded_tokens:
-            x = split_back(x, tp)[:num_tokens]
-        hidden = x.view(*shape, -1)
-        self.enter(len(self.layers) + 2, hidden)
-        return hidden
+        if layers.stop == config.num_layers:
+            section += 1
+            self.enter(section, x)
+            x = self.final_norm(x)
+            if sharded_tokens:
+                x = split_back(x, tp)[:num_tokens]
+            x = x.view(*shape, -1)
+        if self.shards is not None:
+            self.shards.end(section, x)
+        return x
 
 
 class ScalarHead(nn.Module):

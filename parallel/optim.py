@@ -62,7 +62,7 @@ def clip_grad_norm(model: DataParallel, max_norm: float, mesh: Mesh) -> float:
 
     The gradients themselves are left as they are: the optimizer's own pass scales them. max_norm 0 clips nothing.
     Communication: every rank squares its part of each unit, whichever parts it holds, and one all-gather of a number
-        over dp brings the sums together: the same bits under zero 0 to 3. One all-reduce of a number over tp.
+        over dp brings the sums together: the same bits under zero 0 to 3. One all-reduce of a number over tp and pp.
     Returns: the norm before clipping, the same on all ranks, NaN or infinite if a gradient is.
     Source: Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
@@ -73,7 +73,7 @@ def clip_grad_norm(model: DataParallel, max_norm: float, mesh: Mesh) -> float:
             for start, stop in unit.counted_slices():
                 squares.append(sum_of_squares(grad[max(start - first, 0) : max(stop - first, 0)]))
     total = all_gather(torch.stack(squares).sum()[None], mesh.dp).sum()
-    model.grad_norm = math.sqrt(mesh.sum(total, "tp").item())
+    model.grad_norm = math.sqrt(mesh.sum(mesh.sum(total, "tp"), "pp").item())
     model.grad_divisor = max(1.0, (model.grad_norm + 1e-6) / max_norm) if max_norm else 1.0
     return model.grad_norm
 
@@ -126,7 +126,7 @@ class AdamW:
         self._groups: dict[tuple, list[list[Tensor]]] = {}  # (role, decay, dtype) -> weights, gradients, m, v
         for unit in self.units:
             flat, grad, decayed = unit.flat, unit.flat_grad, unit.num_decayed if weight_decay else 0
-            if model.zero:
+            if unit.zero:
                 flat, grad = unit.own(flat), unit.own(grad)
                 decayed = min(max(decayed - unit.part.start, 0), grad.numel())
             master = flat if flat.dtype == grad.dtype else flat.to(grad.dtype)
@@ -181,10 +181,9 @@ class AdamW:
         for unit in stepped:
             if self.state[unit]["master"] is not self._weights[unit]:
                 self._weights[unit].copy_(self.state[unit]["master"])
-        if model.zero:
-            gathers = [all_gather_async_(u.flat, self._weights[u], u.dp) for u in stepped if u.full is None]
-            for gather in gathers:
-                gather.wait()
+        gathers = [all_gather_async_(u.flat, self._weights[u], u.dp) for u in stepped if u.zero and u.full is None]
+        for gather in gathers:
+            gather.wait()
         model.grad_norm = None
         return True
 
@@ -192,7 +191,7 @@ class AdamW:
         """Warns for the first of a row of skipped steps, ends the run with the last."""
         self.num_skipped += 1
         if self.num_skipped in (1, MAX_SKIPPED):
-            found = self.model.mesh.gather_objects(describe_nonfinite(self.model, self.model.mesh), "tp")
+            found = self.model.mesh.gather_objects(describe_nonfinite(self.model, self.model.mesh))
             culprit = next(filter(None, found), "the norm of finite gradients overflows")
             if self.num_skipped == MAX_SKIPPED:
                 raise RankError(

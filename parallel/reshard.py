@@ -1,15 +1,20 @@
-"""Whole weights from shards: layer by layer for the passes of training, all at once for a rollout.
+"""Whole weights from parts: layer by layer for the passes of training, all at once for a rollout.
 
-Under zero 3 a rank holds a part of each unit (`data_parallel.py`) and gathers the whole where a pass needs it.
+Under zero 3 a rank holds a part of each unit (`data_parallel.py`) and gathers the whole where a pass needs it. With
+pipeline stages a rank holds some layers, and for a rollout all of them if there is room (`Fold`).
 """
 
+import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from parallel.collectives import broadcast_
 from parallel.model import Decoder
 
 if TYPE_CHECKING:
@@ -29,23 +34,31 @@ class Shards:
     """
 
     def __init__(self, role: str, decoder: Decoder, units: "list[Unit]", in_use: "Counter[Unit]"):
-        names = ["input", *(f"layers.{i}" for i in range(len(decoder.layers))), "output"]
-        self.sections = [[unit for unit in units if unit.name == f"{role}.{name}"] for name in names]
-        if decoder.ties_lm_head:
+        names = ["input", *(f"layers.{i}" for i in decoder.layers), "output"]
+        self.sections = [[u for u in units if u.name == f"{role}.{name}" and u.zero == 3] for name in names]
+        if decoder.ties_lm_head and decoder.mesh.pp.size == 1:
             self.sections[-1] = self.sections[-1] + self.sections[0]
-        self.units, self.in_use = units, in_use
+        self.all_units, self.units = units, [unit for unit in units if unit.zero == 3]
+        self.in_use = in_use
         self.stays_whole = False  # during a rollout
 
     def enter(self, section: int, x: Tensor | None) -> None:
-        """The forward comes to a section, which reads x; one after the last, x is what the decoder returns."""
+        """The forward comes to a section, which reads x."""
         if self.stays_whole:
             return
-        last = len(self.sections) - 1
-        self.hold(min(section, last), section + 1)
+        self.hold(section, section + 1)
         if x is not None and x.requires_grad:
-            if section == last:
-                self.in_use.update(self.sections[last])
+            if section == len(self.sections) - 1:
+                self.in_use.update(self.sections[section])
             x.register_hook(lambda _: self.leave(section))
+
+    def end(self, section: int, x: Tensor) -> None:
+        """The forward has done its last section, which gave x: the output's, or with stages another's."""
+        if self.stays_whole:
+            return
+        self.hold(section, None)
+        if x.requires_grad:
+            x.register_hook(lambda _: self.leave(section + 1))
 
     def leave(self, section: int) -> None:
         """The backward has done a section and goes on to the one before; embeddings need no weights there."""
@@ -63,6 +76,13 @@ class Shards:
         for unit in now:
             unit.finish_gather()
 
+    def need_output(self) -> None:
+        """Has the output section whole, for whoever reads the head after passes of other decoders."""
+        for unit in self.sections[-1]:
+            unit.start_gather()
+            unit.finish_gather()
+            self.in_use[unit] += 0
+
     def gather(self) -> None:
         """All weights whole until `free`, for passes that not all replicas make."""
         self.stays_whole = True
@@ -76,11 +96,16 @@ class Shards:
         for unit in self.units:
             unit.free()
 
+    def units_of(self, name: str) -> "list[Unit]":
+        """Those that a parameter of this name in the decoder lies in, if they are shared out."""
+        return [unit for unit in self.units if any(full.partition(".")[2] == name for full in unit.names)]
+
     def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Weights by their name in the decoder, gathered unit by unit; on the first replica alone."""
-        for unit in self.units:
-            for name, x in unit.tensors(unit.flat):
-                yield name.partition(".")[2], x
+        for unit in self.all_units:
+            if unit.zero == 3 or self.units[0].dp.rank == 0:
+                for name, x in unit.tensors(unit.flat):
+                    yield name.partition(".")[2], x
 
 
 def free_units(in_use: "Counter[Unit]", keep: "Sequence[Unit]" = ()) -> None:
@@ -90,19 +115,89 @@ def free_units(in_use: "Counter[Unit]", keep: "Sequence[Unit]" = ()) -> None:
         del in_use[unit]
 
 
-@contextmanager
-def rollout_weights(*decoders: Decoder) -> Iterator[None]:
-    """Whole weights for passes without gradient of which the replicas make different numbers: generation, evaluation.
+class Fold:
+    """All layers of a decoder on every stage, for as long as a rollout lasts: each stage is then a replica.
 
-    Under zero 0 to 2 this does nothing: the weights of training serve. Under zero 3 every unit is gathered once, into
-    the tensors that the parameters view in training, too, and freed at the end. Weights must not change meanwhile.
-    Communication: under zero 3 one all-gather over dp per unit, so that every replica must come here.
+    The memory is taken and given back each time; tensors stay what they are, with an empty storage in between.
     """
-    sharded = [decoder.shards for decoder in decoders if decoder.shards is not None]
+
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.whole = Decoder(decoder.config, decoder.mesh.folded, decoder.dtype, None, decoder.has_lm_head)
+        self.whole.requires_grad_(False)
+        self.free()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Every stage sends its layers to the others, under zero 3 unit by unit as its replicas gather them.
+
+        Communication: one broadcast over pp per parameter; under zero 3 one all-gather over dp per unit.
+        """
+        decoder, pp = self.decoder, self.decoder.mesh.pp
+        mine, held = dict(decoder.named_parameters()), []
+        for name, parameter in self.whole.named_parameters():
+            source = stage_of(name, decoder)
+            parameter.data.untyped_storage().resize_(parameter.nbytes)
+            if pp.rank == source:
+                units = decoder.shards.units_of(name) if decoder.shards is not None else []
+                if units != held:
+                    free_units(dict.fromkeys(held, 0))
+                    for unit in units:
+                        unit.start_gather()
+                        unit.finish_gather()
+                    held = units
+                parameter.copy_(mine[name])
+            broadcast_(parameter.data, pp, source)
+        free_units(dict.fromkeys(held, 0))
+
+    def free(self) -> None:
+        for parameter in self.whole.parameters():
+            parameter.data.untyped_storage().resize_(0)
+
+
+def stage_of(name: str, decoder: Decoder) -> int:
+    """Which stage holds a parameter of the whole model; of a tied embedding the first that does."""
+    if name.startswith(("embedding.", "position_embedding.")):
+        return 0
+    if not name.startswith("layers."):
+        return decoder.mesh.pp.size - 1
+    index = int(name.split(".")[1])
+    ends = itertools.accumulate(decoder.layers_by_part)
+    return next(part for part, end in enumerate(ends) if index < end) % decoder.mesh.pp.size
+
+
+def folds(decoder: Decoder) -> bool:
+    """Whether rollouts have all layers on every stage: as the flag says, or if every rank has twice the memory for it.
+
+    Communication: one all-reduce of a number over all ranks.
+    """
+    mesh = decoder.mesh
+    if mesh.layout.rollout != "auto":
+        return mesh.layout.rollout == "folded"
+    needed = decoder.num_parameters * decoder.dtype.itemsize / mesh.tp.size
+    if mesh.device.type == "cuda":
+        free = torch.cuda.mem_get_info(mesh.device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return mesh.max(float(2 * needed > free), "world") == 0
+
+
+@contextmanager
+def rollout_weights(decoder: Decoder) -> Iterator[Decoder]:
+    """The decoder with which to generate, whose replicas may make different numbers of passes meanwhile.
+
+    Under zero 0 to 2 it is the decoder itself. Under zero 3 that, too: every unit is gathered once, into the tensors
+    that the parameters view in training, and freed at the end. With stages it is a decoder of all layers on the folded
+    mesh, or itself if sequences are to go round the stages (--layout.rollout). Weights must not change meanwhile.
+    Communication: under zero 3 one all-gather over dp per unit, with stages that of `Fold.gather`: all ranks come here.
+    """
+    if decoder.mesh.pp.size > 1 and decoder.fold is None and folds(decoder):
+        decoder.fold = Fold(decoder)
+    held = decoder.fold or decoder.shards
+    if held is not None:
+        held.gather()
     try:
-        for shards in sharded:
-            shards.gather()
-        yield
+        yield decoder.fold.whole if decoder.fold else decoder
     finally:
-        for shards in sharded:
-            shards.free()
+        if held is not None:
+            held.free()

@@ -43,9 +43,11 @@ def pack_sequences(sequences: list[list[int]], device: torch.device) -> dict[str
     return {name: x.to(device) for name, x in packed.items()}
 
 
-def read_scores(reward_model: nn.Module, reward_head: nn.Module, packed: dict[str, Tensor]) -> Tensor:
-    """Scores of packed sequences in the order in which they were given. [sequences], at least float32"""
-    hidden = reward_model(packed["input_ids"], packed["position_ids"], packed["first_key"])
+def read_scores(hidden: Tensor, reward_head: nn.Module, packed: dict[str, Tensor]) -> Tensor:
+    """Scores of packed sequences, in the order in which they were given, from a reward model's states.
+
+    Shapes: hidden [rows, row_len, hidden_size] -> [sequences], at least float32
+    """
     is_last = packed["is_last"]
     order = packed["source"][is_last].argsort()  # packing lays long sequences first
     return reward_head(hidden[is_last][order])

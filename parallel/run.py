@@ -31,11 +31,11 @@ import tyro
 from parallel.checkpoint import load_training_state
 from parallel.collectives import RankError
 from parallel.files import on_logger
-from parallel.mesh import Mesh
+from parallel.mesh import Layout, Mesh
 
 # flags whose change leaves the rest of a run as it would have been
 HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size"}
-HARMLESS |= {f"layout.{name}" for name in ("dp", "tp", "sequence_parallel", "zero", "recompute")}
+HARMLESS |= {f"layout.{field.name}" for field in dataclasses.fields(Layout)} - {"layout.reduce_dtype"}
 SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say how to start, not what to run
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
 PR_SET_PDEATHSIG = 1  # of prctl(2)

@@ -45,6 +45,7 @@ class Simulation(NamedTuple):
     makespan: float
     bubble: float  # share of makespan that the stages idle
     peak_in_flight: list[int]  # by stage: the most chunks whose activations (F to W) are held at once
+    ends: dict[tuple[str, int, int], float]  # when F, B or W of a part and micro-batch has ended
 
 
 def gpipe(stage: int, num_stages: int, num_microbatches: int, num_chunks: int = 1) -> list[Action]:
@@ -128,27 +129,38 @@ def check_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks
         )
 
 
-def add_transfers(
-    actions: list[Action], stage: int, num_stages: int, num_chunks: int, receives_ahead: int = 1
-) -> list[Action | Transfer]:
-    """The actions with their sends and receives between them, in the order in which a stage issues them.
+def add_transfers(schedule: list[list[Action]]) -> list[list[Action | Transfer]]:
+    """Each stage's actions with its sends and receives between them, in the order in which it issues them.
 
-    A receive is issued one action ahead of the one that needs it, so that the message travels while the other is at
-    work; a send follows the action whose result it carries. Neither is waited for where it stands: an action waits for
-    its own receive, and a send is waited for when the step ends.
-
-    Each channel is a communicator of its own, because NCCL runs what a rank issues on one communicator in that order:
-    two stages that both receive before they send wait for each other for ever. With forward and backward apart no
-    pair of stages talks both ways on a channel, except where chunks wrap from the last stage to the first, which with
-    two stages are the same pair and with more close a ring; so wraps have twins of their own. And with receives_ahead
-    = 2, sends that others need would stand behind receives that cannot end yet.
+    An action waits for its own receive; a send follows the action whose result it carries and is not waited for. Every
+    message has a time, when its sender is done in `simulate`, and all stages issue their sends and receives in the
+    order of these times: a receive hence stands before the action during which its message comes, so that it travels
+    while the stage is at work. One order for all is what keeps stages from waiting for each other for ever, even where
+    what a rank issues runs strictly one by one and a send ends when it is received, as NCCL may have it: the earliest
+    unfinished message is always the next for both of its ends. Each channel is still a communicator of its own, so
+    that a late message does not hold up what goes another way.
     """
-    ends = [transfers_of(action, stage, num_stages, num_chunks) for action in actions]
-    receives = [receive for receive, _ in ends]
-    steps = receives[:receives_ahead]
-    for i, (action, (_, send)) in enumerate(zip(actions, ends, strict=True)):
-        steps += [*receives[i + receives_ahead :][:1], action, send]
-    return [step for step in steps if step is not None]
+    num_stages = len(schedule)
+    num_chunks = 1 + max(action.chunk for actions in schedule for action in actions)
+    ends = simulate(schedule).ends
+    programs = []
+    for stage, actions in enumerate(schedule):
+        receives, sends = [], {}
+        for action in actions:
+            kind, part = action.kind[0], action.chunk * num_stages + stage
+            receive, send = transfers_of(action, stage, num_stages, num_chunks)
+            if receive is not None:
+                source = part - 1 if kind == "F" else part + 1
+                receives.append((ends[kind, source, action.microbatch], receive.channel, source, receive))
+            sends[action] = (ends[kind, part, action.microbatch], send.channel if send else "", part, send)
+        receives.sort(reverse=True)
+        program: list[Action | Transfer] = []
+        for action in actions:
+            while receives and receives[-1][:3] < sends[action][:3]:
+                program.append(receives.pop()[3])
+            program += [action] if sends[action][3] is None else [action, sends[action][3]]
+        programs.append(program)
+    return programs
 
 
 def transfers_of(
@@ -172,8 +184,8 @@ def simulate(schedule: list[list[Action]], durations: tuple[float, float, float]
     """Plays the actions of all stages, each as soon as its stage is free and its input is there; messages take no time.
 
     Args: durations: of F, B and W for one chunk and micro-batch; BW takes B + W.
-    Raises: ValueError, naming stages and actions, if they wait for each other, or if a stage does not do F, B and W of
-        every chunk and micro-batch exactly once.
+    Raises: ValueError, naming stages and actions, if they wait for each other, or if a stage does not do F, B and W (or
+        all stages F alone) of every chunk and micro-batch exactly once.
     """
     num_stages = len(schedule)
     cells = {(action.chunk, action.microbatch) for actions in schedule for action in actions}
@@ -213,17 +225,17 @@ def simulate(schedule: list[list[Action]], durations: tuple[float, float, float]
     if waiting := [stage for stage, actions in enumerate(schedule) if position[stage] < len(actions)]:
         names = "; ".join(f"stage {stage} waits before {schedule[stage][position[stage]]}" for stage in waiting)
         raise ValueError(f"deadlock: {names}")
+    kinds = "FBW" if any(action.kind != "F" for actions in schedule for action in actions) else "F"
     for stage in range(num_stages):
-        for kind in "FBW":
+        for kind in kinds:
             if missing := [cell for cell in cells if (kind, cell[0] * num_stages + stage, cell[1]) not in done]:
                 raise ValueError(f"stage {stage} never does {kind} of (chunk, micro-batch) {min(missing)}")
-    makespan, busy = max(clock), len(cells) * sum(durations)  # the same work on every stage
-    return Simulation(makespan, 1 - busy / makespan, peak)
+    makespan = max(clock)
+    busy = len(cells) * sum(duration[kind] for kind in kinds)  # the same work on every stage
+    return Simulation(makespan, 1 - busy / makespan, peak, done)
 
 
-def channels_are_ordered(
-    schedule: list[list[Action]], communicator: dict[str, str] | None = None, receives_ahead: int = 1
-) -> bool:
+def channels_are_ordered(programs: list[list[Action | Transfer]], communicator: dict[str, str] | None = None) -> bool:
     """Whether all stages come to their end where sends and receives run in issue order and meet, as NCCL's do.
 
     Plays the lists of `add_transfers`: on each communicator a stage has one queue, whose first transfer ends when it
@@ -231,13 +243,12 @@ def channels_are_ordered(
     receives (where NCCL would hand over the wrong message). Who goes first changes nothing in such a play, so one play
     decides. Tests on gloo cannot show this: there nothing waits in one queue for what was issued before.
 
-    Args: communicator: the communicator of each channel; default: each has its own. receives_ahead: `add_transfers`.
+    Args: communicator: the communicator of each channel; default: each has its own.
     """
     communicator = communicator or {channel: channel for channel in CHANNELS}
-    num_stages = len(schedule)
-    num_chunks = 1 + max(action.chunk for actions in schedule for action in actions)
-    expanded = [add_transfers(actions, s, num_stages, num_chunks, receives_ahead) for s, actions in enumerate(schedule)]
-    steps = [deque(todo) for todo in expanded]
+    num_stages = len(programs)
+    num_chunks = 1 + max(step.chunk for program in programs for step in program)
+    steps = [deque(program) for program in programs]
     queues: dict[tuple[int, str], deque[Transfer]] = defaultdict(deque)  # issued and not ended, by stage, communicator
     missing: set[tuple[int, Transfer]] = set()  # receives issued and not ended, by stage
 

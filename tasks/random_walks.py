@@ -22,11 +22,10 @@ import numpy as np
 import torch
 
 from parallel.checkpoint import save_decoder
-from parallel.collectives import Axis
 from parallel.data import pack_batch, rows_at
 from parallel.data_parallel import data_parallel
 from parallel.families import config_from_hf
-from parallel.mesh import Layout, Mesh
+from parallel.mesh import Layout, Mesh, lone_mesh
 from parallel.model import Decoder
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
@@ -196,7 +195,7 @@ def base_policy(graph_seed: int = GRAPH_SEED, num_steps: int = CLONE_STEPS) -> P
         try:
             if num_steps:
                 print(f"Making the base policy, once: cloning {NUM_WALKS:,} random walks into {folder} ...", flush=True)
-            mesh = Mesh(*(Axis(name, 1, 0) for name in ("dp", "pp", "tp", "world")), device=torch.device("cpu"))
+            mesh = lone_mesh()
             policy = clone_walks(make_graph(graph_seed).walks, num_steps, mesh)
             save_decoder(policy, draft, mesh, make_tokenizer())
             draft.rename(folder)
@@ -224,10 +223,10 @@ def clone_walks(walks: tuple[str, ...], num_steps: int, mesh: Mesh) -> Decoder:
     input_ids = torch.tensor([[*map(NODES.find, walk), EOS, *[PAD] * (MAX_NODES - len(walk))] for walk in walks])
     fields = {"input_ids": input_ids, "loss_mask": (position > 0) & (position < seq_lens[:, None])}
 
-    def loss_fn(microbatch):
+    def loss_fn(hidden, microbatch):
         mask = microbatch["loss_mask"]
-        hidden = policy(microbatch["input_ids"], microbatch["position_ids"], microbatch["first_key"])
-        logprobs, _ = vocab_parallel_logprobs(hidden_before(hidden, mask), policy, microbatch["input_ids"][mask])
+        states = hidden_before(hidden["policy"], mask)
+        logprobs, _ = vocab_parallel_logprobs(states, policy, microbatch["input_ids"][mask])
         return -logprobs.mean(), {}
 
     for step in range(num_steps):

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from parallel.data import check_vocabulary, join_parts, load_tokenizer
+from parallel.data_parallel import data_parallel
 from parallel.mesh import Mesh
 from parallel.reward import load_reward_model, pack_sequences, read_scores
 from parallel.rows import Row, describe_error, load_object
@@ -165,16 +166,21 @@ def make_samples(generation, prompts, tokenizer, eos, stop):
 def score_together(reward, samples, mesh):
     """Scores of this replica's samples; an error stops all ranks with its message.
 
-    One rank of the replica asks for them, except where the reward is a model that lies on all of its ranks.
+    One rank of the replica asks for them. A reward that is a model lies on all ranks: stages divide the samples.
     """
     scores, error = [], None
+    by_model = getattr(reward, "lies_on_all_ranks", False)
+    mine = samples[mesh.pp.rank :: mesh.pp.size] if by_model else samples
     try:
-        if samples and (mesh.tp.rank == 0 or getattr(reward, "lies_on_all_ranks", False)):
-            scores = reward(samples)
+        if by_model or (samples and mesh.tp.rank == 0 and mesh.pp.rank == 0):
+            scores = reward(mine)
     except ValueError as caught:
         error = caught
     mesh.raise_together(error)
-    return mesh.broadcast_object(scores, "tp")
+    if not by_model:
+        return mesh.broadcast_object(mesh.broadcast_object(scores, "pp"), "tp")
+    found = dict(enumerate(mesh.gather_objects(scores, "pp")))
+    return [found[i % mesh.pp.size][i // mesh.pp.size] for i in range(len(samples))]
 
 
 # --- a reward model -------------------------------------------------------------------------------------------------
@@ -188,7 +194,9 @@ def make_model_reward(folder: str, context: SampleContext) -> Callable[[list[Sam
     Raises: ValueError or FileNotFoundError naming the folder; the reward itself: ValueError naming a sample that does
         not fit the model's context.
     """
-    reward_model, reward_head = load_reward_model(folder, context.mesh, context.dtype)
+    mesh = context.mesh
+    reward_model, reward_head = load_reward_model(folder, mesh.folded, context.dtype)
+    data_parallel({"reward_model": reward_model.requires_grad_(False)}, mesh, mesh.layout)  # frozen: perhaps in shards
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, reward_model.config, folder)
     if tokenizer.eos_token_id is None:
@@ -196,7 +204,7 @@ def make_model_reward(folder: str, context: SampleContext) -> Callable[[list[Sam
     add_bos = reward_model.hf_config.get("add_bos", context.add_bos)  # as it was trained
     same_bos = add_bos == context.add_bos or tokenizer.bos_token_id is None
     same_ids = same_bos and give_equal_ids(tokenizer, context.tokenizer)
-    if not same_ids and context.mesh.is_logger:
+    if not same_ids and mesh.is_logger:
         print(f"{folder} has another tokenizer, or BOS, than the policy: it scores the re-tokenised texts")
     max_len = reward_model.config.max_seq_len
     if same_ids and context.max_sample_len > max_len:
@@ -227,10 +235,13 @@ def make_model_reward(folder: str, context: SampleContext) -> Callable[[list[Sam
                 )
         scores = [0.0] * len(samples)
         order = sorted(range(len(samples)), key=lambda i: len(sequences[i]))
-        for first in range(0, len(order), MODEL_BATCH):
-            some = order[first : first + MODEL_BATCH]
-            packed = pack_sequences([sequences[i] for i in some], context.mesh.device)
-            for i, value in zip(some, read_scores(reward_model, reward_head, packed).tolist(), strict=True):
+        batches = [order[first : first + MODEL_BATCH] for first in range(0, len(order), MODEL_BATCH)]
+        if reward_model.shards is not None:  # gathered in each pass, of which all ranks make as many
+            batches += [[]] * (int(mesh.folded.max(len(batches), "dp")) - len(batches))
+        for some in batches:
+            packed = pack_sequences([sequences[i] for i in some] or [[tokenizer.eos_token_id]], mesh.device)
+            hidden = reward_model(packed["input_ids"], packed["position_ids"], packed["first_key"])
+            for i, value in zip(some, read_scores(hidden, reward_head, packed).tolist(), strict=False):
                 scores[i] = value
         return scores
 

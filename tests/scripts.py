@@ -46,6 +46,12 @@ def make_tiny_model(folder, edit=None, hf_config=TINY_GPT2) -> Path:
     return Path(folder)
 
 
+def states_of(roles, microbatch):
+    """Hidden states of every decoder, by role: what a script's loss reads."""
+    where = microbatch["input_ids"], microbatch["position_ids"], microbatch["first_key"]
+    return {role: module(*where) for role, module in roles.items() if isinstance(module, Decoder)}
+
+
 def command(script, *flags, ranks=1):
     """The command line of a script: plain Python for one process, torchrun's module for more."""
     launcher = [sys.executable]

@@ -14,6 +14,7 @@ from parallel.model import Decoder, DecoderConfig, ScalarHead
 from parallel.pipeline import forward_backward
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
 from tests.ranks import run_ranks
+from tests.zero_models import unpacked
 
 FLOAT32 = Layout(reduce_dtype="float32")
 GRAD_BARS = {"float32": 5e-6, "float64": 1e-12}  # of a unit's largest entry
@@ -68,7 +69,7 @@ def make_batch(num_rows=BATCH_SIZE):
 
 
 def tiny_loss(roles, num_tokens, skip=()):
-    def loss_fn(microbatch):
+    def loss_fn(_, microbatch):  # the model is no decoder: the loss runs it
         ids, mask = microbatch["input_ids"], microbatch["loss_mask"]
         logits = roles["policy"](ids[:, :-1], skip)
         losses = F.cross_entropy(logits[mask], ids[:, 1:][mask], reduction="none")
@@ -122,7 +123,7 @@ def test_gradients_match_one_process(size, variant, dtype):
     for rank, (gradients, metrics, sent, nbytes) in enumerate(run_ranks(size, step_gradients, variant, dtype, 1)):
         assert_gradients_close(gradients, expected, GRAD_BARS[dtype], f"{size} ranks, rank {rank}")
         assert metrics == pytest.approx(expected_metrics, rel=1e-6 if dtype == "float32" else 1e-12)
-        num_sums, num_maxima = 2, 1  # metrics, in float64
+        num_sums, num_maxima = 2, 2  # metrics, and the number of micro-batches, in float64
         assert sent == 2 * (size - 1) * nbytes // size + 2 * (size - 1) * 8 * (num_sums + num_maxima) // size
 
 
@@ -148,7 +149,7 @@ def test_layer_used_by_one_rank_only_matches_one_process():
     roles, batch = make_roles("", torch.float64), make_batch()
     for rank, skip in ((0, ()), (1, (1,))):
         rows = {name: x[rank::2] for name, x in batch.items()}
-        tiny_loss(roles, batch["loss_mask"].sum(), skip)(rows)[0].backward()
+        tiny_loss(roles, batch["loss_mask"].sum(), skip)({}, rows)[0].backward()
     expected = {f"{role}.{name}": p.grad for role, m in roles.items() for name, p in m.named_parameters()}
     expected = {name: gradient for name, gradient in expected.items() if gradient is not None}
     for rank, (gradients, *_) in enumerate(results):
@@ -169,7 +170,7 @@ def test_reduction_in_bfloat16_halves_the_bytes_and_rounds():
     layout = Layout(reduce_dtype="bfloat16")
     for rank, (gradients, _, sent, nbytes) in enumerate(run_ranks(2, step_gradients, "", "float32", 1, layout)):
         assert_gradients_close(gradients, expected, 2**-7, f"rank {rank}")
-        assert sent == nbytes // 2 + 3 * 8
+        assert sent == nbytes // 2 + 4 * 8  # beside the gradients three metrics and the number of micro-batches
 
 
 def test_units_follow_the_layers():
@@ -240,7 +241,7 @@ def sgd_losses(with_torch_ddp):
             losses.append(loss.item() / mesh.dp.size)
         else:
             model.zero_grad()
-            forward_backward(model, [{"ids": local}], lambda mb: (loss_fn(mb["ids"]), {}))
+            forward_backward(model, [{"ids": local}], lambda _, mb: (loss_fn(mb["ids"]), {}))
             losses.append(loss_fn(local).item())
         with torch.no_grad():
             for parameter in tiny.parameters():
@@ -269,7 +270,7 @@ def unequal_replicas():
             weight = roles["policy"].layers[1].ffn_in.weight
             weight[0, 0], weight[0, 1] = weight[0, 1].clone(), weight[0, 0].clone()  # equal sums, other places
     with pytest.raises(RankError, match="2 replicas begin with different weights in policy.layers.1 "):
-        check_replicas_equal(make_units(roles, mesh), mesh)
+        check_replicas_equal(make_units(roles, mesh))
     return True
 
 
@@ -343,16 +344,16 @@ def decoder_step(dtype_name, microbatch_size):
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     mask[:, 0] = mask[2, 3:] = mask[5, 4:] = False
 
-    def loss_fn(microbatch):
+    def loss_fn(hidden, microbatch):
         ids, mask_local = microbatch["input_ids"], microbatch["mask"]
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        hidden = hidden_before(roles["policy"](ids, positions, torch.zeros_like(ids)), mask_local)
+        hidden = hidden_before(hidden["policy"], mask_local)
         logprobs, _ = vocab_parallel_logprobs(hidden, roles["policy"], ids[mask_local])
         return ((roles["value_head"](hidden) - 1).square() - logprobs).sum() / mask.sum(), {}
 
     rows = torch.arange(BATCH_SIZE)[mesh.dp.rank :: mesh.dp.size].split(microbatch_size)
     model.zero_grad()
-    metrics = forward_backward(model, [{"input_ids": input_ids[i], "mask": mask[i]} for i in rows], loss_fn)
+    microbatches = [{**unpacked(input_ids[i]), "mask": mask[i]} for i in rows]
+    metrics = forward_backward(model, microbatches, loss_fn)
     return {name: p.grad.clone() for name, p in model.named_parameters()}, metrics
 
 

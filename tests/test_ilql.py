@@ -22,7 +22,7 @@ from parallel.rows import Row
 from parallel.run import launch
 from tasks.random_walks import make_tokenizer
 from tests.ranks import run_ranks
-from tests.scripts import assert_explained, make_tiny_model, read_rows, run, start, without_times
+from tests.scripts import assert_explained, make_tiny_model, read_rows, run, start, states_of, without_times
 from tests.test_generation import CONFIG
 from tests.test_scripts import kill_when
 
@@ -409,7 +409,9 @@ def test_the_weight_of_cloning_is_clipped():
     args, mesh = ilql.Args(awac_beta=1e6, num_q_heads=1), init_mesh()
     roles, target_q_heads = make_roles(args, mesh)
     [microbatch] = ilql.make_microbatches(make_dialogues(), args, mesh.device)
-    loss, metrics = ilql.ilql_loss(microbatch, roles, target_q_heads, args, int(microbatch["action_mask"].sum()))
+    loss, metrics = ilql.ilql_loss(
+        states_of(roles, microbatch), microbatch, roles, target_q_heads, args, int(microbatch["action_mask"].sum())
+    )
     assert loss.isfinite() and 5 < metrics["awac_weight"] < ilql.MAX_AWAC_WEIGHT <= 100
 
 

@@ -141,10 +141,10 @@ def share(items, mesh):
     return list(items)[mesh.dp.rank * size : (mesh.dp.rank + 1) * size]
 
 
-def half_step(case, script, dtype, layout, size):
+def half_step(case, script, dtype, layout, size, num_layers=2):
     """The model with its gradients, metrics and gradient norm, of a step with micro-batches of `size` sequences."""
     mesh, dtype = init_mesh(layout), getattr(torch, dtype)
-    config = config_from_hf(CASES[case], "test")[0]
+    config = replace(config_from_hf(CASES[case], "test")[0], num_layers=num_layers)
     roles, microbatches, loss_fn = MAKE[script](config, mesh, dtype, size)
     for module in roles.values():
         draw(module, mesh)
@@ -155,23 +155,29 @@ def half_step(case, script, dtype, layout, size):
 
 
 def step(*args):
-    """Metrics, gradient norm and all gradients in full shapes."""
+    """Metrics, gradient norm and, on the first stage, all gradients in full shapes, by (unit, name)."""
     model, metrics, norm = half_step(*args)
     gradients = {}  # shared out, they are put together on the first replica alone
     for unit in model.units:
-        flat = unit.own(unit.flat_grad) if model.zero else unit.flat_grad
+        flat = unit.own(unit.flat_grad) if unit.zero else unit.flat_grad
         gradients |= {(unit.name, name): x.clone() for name, x in unit.full_tensors(flat).items()}
-    return metrics, norm, gradients
+    of_stages = model.mesh.gather_objects(gradients, "pp")
+    gradients = {name: x for of_stage in reversed(of_stages) for name, x in of_stage.items()}
+    for of_stage in of_stages:
+        for name, x in of_stage.items():
+            assert torch.equal(x, gradients[name]), f"{name} differs between stages"
+    return metrics, norm, gradients if model.mesh.pp.rank == 0 else {}
 
 
 def worst_difference(actual, expected):
     """Largest difference of a gradient, relative to the largest entry of its unit, and the parameter's name."""
-    assert actual.keys() == expected.keys()
+    actual, units = {name: x for (_, name), x in actual.items()}, {name: unit for unit, name in expected}
+    assert actual.keys() == units.keys()
     largest: dict[str, float] = {}
     for (unit, _), gradient in expected.items():
         largest[unit] = max(largest.get(unit, 0.0), gradient.abs().max().item())
     differences = {
-        name: (actual[unit, name] - gradient).abs().max().item() / largest[unit]
+        name: (actual[name] - gradient).abs().max().item() / largest[unit]
         for (unit, name), gradient in expected.items()
     }
     return max((x, name) for name, x in differences.items())

@@ -325,5 +325,5 @@ def test_decoder_starts_from_a_config_alone():
     assert decoder.embedding.weight[VOCAB:].count_nonzero() == 0
     oracle = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config))
     assert decoder.num_parameters == oracle.num_parameters()
-    assert abs(decoder.layers[0].ffn_in.weight.std() / 0.02 - 1) < 0.05
-    assert abs(decoder.layers[0].ffn_out.weight.std() / (0.02 / 6**0.5) - 1) < 0.05
+    assert abs(decoder.layers["0"].ffn_in.weight.std() / 0.02 - 1) < 0.05
+    assert abs(decoder.layers["0"].ffn_out.weight.std() / (0.02 / 6**0.5) - 1) < 0.05

@@ -188,7 +188,7 @@ def train(num_steps, poisoned_steps, dtype_name="float64", total_steps=None):
             x = x[mesh.dp.rank :: mesh.dp.size].to(policy[0].weight.dtype)
             poison = float("nan") if step in poisoned_steps and mesh.rank == mesh.world_size - 1 else 0.0
 
-            def loss_fn(x, poison=poison):
+            def loss_fn(_, x, poison=poison):
                 loss = policy(x).square().sum() + (value_head(x.to(value_head.weight.dtype)) - 1).square().sum()
                 return (loss + poison * policy[0].bias.sum()) / 8, {}
 

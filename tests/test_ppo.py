@@ -15,6 +15,7 @@ from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, DecoderConfig, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
+from tests.scripts import states_of
 
 EOS = 3
 TEMPERATURE = 0.7
@@ -125,7 +126,7 @@ def script_gradient(mesh, policy, ref_policy, responses, scores):
     for i, response in enumerate(responses):
         probability = log_probability(policy, PROMPT + response).sum().exp().detach()
         microbatch = pack_batch(fields, generation.seq_lens, torch.tensor([i]))
-        loss, _ = ppo.minibatch_loss(microbatch, roles, args, num_tokens=1)
+        loss, _ = ppo.minibatch_loss(states_of(roles, microbatch), microbatch, roles, args, num_tokens=1)
         grads = torch.autograd.grad(loss, list(policy.parameters()))
         total = [t - probability * g for t, g in zip(total, grads, strict=True)]
     return total
@@ -432,7 +433,9 @@ def test_value_warmup_leaves_the_trunk_alone():
     fields = {"input_ids": generation.input_ids, "response_mask": generation.response_mask, "values": values}
     fields.update(old_logprobs=rewards, advantages=rewards, returns=rewards)
     microbatch = pack_batch(fields, generation.seq_lens, torch.arange(7))
-    loss, _ = ppo.minibatch_loss(microbatch, roles, make_args(), num_tokens=10, value_only=True)
+    loss, _ = ppo.minibatch_loss(
+        states_of(roles, microbatch), microbatch, roles, make_args(), num_tokens=10, value_only=True
+    )
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in roles["policy"].parameters())
     assert roles["value_head"].weight.grad.abs().max() > 0
@@ -449,7 +452,7 @@ def test_first_minibatch_has_ratio_one_and_equal_policies_no_kl():
     fields = {"input_ids": generation.input_ids, "response_mask": generation.response_mask, "values": values}
     fields.update(old_logprobs=old, advantages=old, returns=old)
     microbatch = pack_batch(fields, generation.seq_lens, torch.tensor([6, 0, 3, 5]))
-    _, metrics = ppo.minibatch_loss(microbatch, roles, make_args(), num_tokens=10)
+    _, metrics = ppo.minibatch_loss(states_of(roles, microbatch), microbatch, roles, make_args(), num_tokens=10)
     assert metrics["max_log_ratio"] < ppo.MAX_LOG_RATIO
 
 

@@ -18,6 +18,7 @@ from parallel.schedules import (
     make_schedule,
     simulate,
     split_layers,
+    transfers_of,
 )
 
 ONE_COMMUNICATOR = dict.fromkeys(CHANNELS, "all")
@@ -100,13 +101,28 @@ def test_schedules_match_worked_examples():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_channels_are_ordered_in_every_schedule(name):
+    """Also where all channels are one communicator: what one queue of a GPU for all of them comes to."""
     for p, m, v in cases(name):
-        schedule = all_stages(name, p, m, v)
-        assert channels_are_ordered(schedule), (p, m, v)
+        programs = add_transfers(all_stages(name, p, m, v))
+        assert channels_are_ordered(programs), (p, m, v)
+        assert channels_are_ordered(programs, ONE_COMMUNICATOR), (p, m, v)
         if p * m * v < 200:
-            assert channels_are_ordered(schedule, receives_ahead=0), (p, m, v)
-            forwards = [[action for action in actions if action.kind == "F"] for actions in schedule]
-            assert channels_are_ordered(forwards), (p, m, v)
+            forwards = [Action("F", chunk, i) for chunk in range(v) for i in range(m)]
+            assert channels_are_ordered(add_transfers([forwards] * p), ONE_COMMUNICATOR), (p, m, v)
+
+
+def receive_ahead(schedule, ahead):
+    """Transfers as they are often placed: a receive so many actions before the one that needs it."""
+    p, v = len(schedule), 1 + max(action.chunk for actions in schedule for action in actions)
+    programs = []
+    for stage, actions in enumerate(schedule):
+        ends = [transfers_of(action, stage, p, v) for action in actions]
+        receives = [receive for receive, _ in ends]
+        steps = receives[:ahead]
+        for i, (action, (_, send)) in enumerate(zip(actions, ends, strict=True)):
+            steps += [*receives[i + ahead :][:1], action, send]
+        programs.append([step for step in steps if step is not None])
+    return programs
 
 
 def test_one_communicator_deadlocks_one_f_one_b():
@@ -114,9 +130,9 @@ def test_one_communicator_deadlocks_one_f_one_b():
     unsafe = 0
     for p, m in itertools.product(range(2, 14), range(1, 8)):
         schedule = all_stages("1f1b", p, m)
-        just_in_time = channels_are_ordered(schedule, ONE_COMMUNICATOR, receives_ahead=0)
+        just_in_time = channels_are_ordered(receive_ahead(schedule, 0), ONE_COMMUNICATOR)
         assert just_in_time == (m == 1), (p, m)
-        assert not channels_are_ordered(schedule, ONE_COMMUNICATOR), (p, m)
+        assert not channels_are_ordered(receive_ahead(schedule, 1), ONE_COMMUNICATOR), (p, m)
         unsafe += not just_in_time
     assert unsafe == 72
 
@@ -124,54 +140,55 @@ def test_one_communicator_deadlocks_one_f_one_b():
 @pytest.mark.parametrize("p", [2, 3, 4, 5])
 def test_interleaving_without_wrap_twins_deadlocks(p):
     for k, v, ahead in itertools.product((1, 2, 4), (2, 3), (0, 1)):
-        schedule = all_stages("interleaved", p, k * p, v)
-        assert not channels_are_ordered(schedule, ONE_COMMUNICATOR, ahead), (k, v, ahead)
-        assert not channels_are_ordered(schedule, ONE_PER_DIRECTION, ahead), (k, v, ahead)
+        programs = receive_ahead(all_stages("interleaved", p, k * p, v), ahead)
+        assert not channels_are_ordered(programs, ONE_COMMUNICATOR), (k, v, ahead)
+        assert not channels_are_ordered(programs, ONE_PER_DIRECTION), (k, v, ahead)
         # One communicator for both wraps is safe by luck alone: where receives happen to be issued ahead.
-        assert channels_are_ordered(schedule, ONE_FOR_WRAPS, ahead) == (ahead == 1 or k == 1), (k, v, ahead)
+        assert channels_are_ordered(programs, ONE_FOR_WRAPS) == (ahead == 1 or k == 1), (k, v, ahead)
 
 
 def test_receives_two_ahead_deadlock():
-    assert not channels_are_ordered(all_stages("1f1b", 4, 8), receives_ahead=2)
-    assert not channels_are_ordered(all_stages("interleaved", 4, 8, 2), receives_ahead=2)
+    assert not channels_are_ordered(receive_ahead(all_stages("1f1b", 4, 8), 2))
+    assert not channels_are_ordered(receive_ahead(all_stages("interleaved", 4, 8, 2), 2))
 
 
 @pytest.mark.parametrize(("name", "p", "m", "v"), [("1f1b", 4, 6, 1), ("interleaved", 2, 4, 3), ("zb_h1", 3, 5, 1)])
 def test_transfers_match_between_stages(name, p, m, v):
-    """Each message once at both ends, each receive one action ahead, each send right behind its action."""
+    """Each message once at both ends, each receive before the action that needs it, each send right behind its own."""
     ends = Counter()
-    for stage, actions in enumerate(all_stages(name, p, m, v)):
-        steps = add_transfers(actions, stage, p, v)
+    schedule = all_stages(name, p, m, v)
+    for stage, (actions, steps) in enumerate(zip(schedule, add_transfers(schedule), strict=True)):
         assert [step for step in steps if isinstance(step, Action)] == actions
-        position = {step: at for at, step in enumerate(actions)}
-        done = 0
-        for before, step in zip([None, *steps], steps, strict=False):
+        for at, step in enumerate(steps):
             if isinstance(step, Action):
-                done += 1
                 continue
             source, target = (stage, step.peer) if step.kind == "send" else (step.peer, stage)
             ends[source, target, step.channel, step.chunk, step.microbatch] += 1 if step.kind == "send" else -1
             kinds = ("F",) if step.channel.endswith("forward") else ("B", "BW")
             if step.kind == "send":
+                before = steps[at - 1]
                 assert isinstance(before, Action) and before.kind in kinds and before.microbatch == step.microbatch
             else:
-                [user] = [at for action, at in position.items() if action[1:] == step[3:] and action.kind in kinds]
-                assert max(user - 1, 0) == done
+                [user] = [i for i, x in enumerate(steps) if x[1:] == step[3:] and x[0] in kinds]
+                assert user > at
     assert not any(ends.values()) and len(ends) == 2 * m * (p * v - 1)
     assert {channel for _, _, channel, _, _ in ends} == set(CHANNELS if v > 1 else CHANNELS[:2])
 
 
+def test_messages_travel_while_stages_work():
+    """1F1B on two stages: the second one issues the receive of a micro-batch before it works on the one before."""
+    steps = add_transfers(all_stages("1f1b", 2, 3))[1]
+    assert [step for step in steps if not isinstance(step, Transfer)] == all_stages("1f1b", 2, 3)[1]
+    receive = steps.index(Transfer("recv", 0, "forward", 1 - 1, 1))
+    assert receive < steps.index(Action("BW", 0, 0))
+
+
 def test_transfers_of_a_wrap():
     """Two stages of two chunks: the first stage sends its gradients of chunk 1 round to the last stage's chunk 0."""
-    steps = add_transfers(make_schedule("interleaved", 0, 2, 2, 2), 0, 2, 2)
-    assert steps[:4] == [
-        Action("F", 0, 0),
-        Transfer("send", 1, "forward", 0, 0),
-        Transfer("recv", 1, "wrap_forward", 1, 0),
-        Action("F", 0, 1),
-    ]
+    steps = add_transfers(all_stages("interleaved", 2, 2, 2))[0]
+    assert Transfer("recv", 1, "wrap_forward", 1, 0) in steps
     assert Transfer("send", 1, "wrap_backward", 0, 0) in steps
-    assert add_transfers(all_stages("interleaved", 1, 2, 2)[0], 0, 1, 2) == all_stages("interleaved", 1, 2, 2)[0]
+    assert add_transfers(all_stages("interleaved", 1, 2, 2)) == all_stages("interleaved", 1, 2, 2)
 
 
 PLANTED = [("gpipe", 3, 4, 1), ("1f1b", 3, 4, 1), ("interleaved", 2, 4, 2), ("zb_h1", 3, 5, 1)]
@@ -191,6 +208,18 @@ def test_simulator_rejects_dropped_and_repeated_actions(name, p, m, v):
 
 
 @pytest.mark.parametrize(("name", "p", "m", "v"), PLANTED)
+def test_swapped_transfers_are_caught(name, p, m, v):
+    programs = add_transfers(all_stages(name, p, m, v))
+    for stage in range(p):
+        places = [at for at, step in enumerate(programs[stage]) if isinstance(step, Transfer)]
+        for a, b in itertools.combinations(places, 2):
+            swapped = [list(program) for program in programs]
+            swapped[stage][a], swapped[stage][b] = swapped[stage][b], swapped[stage][a]
+            if programs[stage][a][:3] == programs[stage][b][:3]:
+                assert not channels_are_ordered(swapped), (stage, a, b)
+
+
+@pytest.mark.parametrize(("name", "p", "m", "v"), PLANTED)
 def test_swapped_actions_are_caught(name, p, m, v):
     """Two actions of one kind: messages in another order. A forward and its own backward: a deadlock."""
     for stage in range(p):
@@ -199,7 +228,7 @@ def test_swapped_actions_are_caught(name, p, m, v):
             first, second = schedule[stage][a], schedule[stage][b]
             schedule[stage][a], schedule[stage][b] = second, first
             if first.kind == second.kind != "W" and first.chunk == second.chunk:
-                assert not channels_are_ordered(schedule), (stage, first, second)
+                assert not channels_are_ordered(receive_ahead(schedule, 1)), (stage, first, second)
             if first.kind == "F" and second.kind in ("B", "BW") and first[1:] == second[1:]:
                 with pytest.raises(ValueError, match="deadlock"):
                     simulate(schedule)

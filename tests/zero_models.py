@@ -36,14 +36,21 @@ def make_microbatches(mesh, step, num_microbatches, vocab_size):
     mask = torch.rand(BATCH, SEQ_LEN, generator=generator) < 0.7
     mask[:, 0] = False
     local = [x[mesh.dp.rank :: mesh.dp.size].chunk(num_microbatches) for x in (ids, mask)]
-    return [{"input_ids": i, "mask": m} for i, m in zip(*local, strict=True)], mask.sum()
+    microbatches = [{**unpacked(ids), "mask": mask} for ids, mask in zip(*local, strict=True)]
+    return microbatches, mask.sum()
+
+
+def unpacked(ids):
+    """A micro-batch of one sequence a row."""
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    return {"input_ids": ids, "position_ids": positions, "first_key": torch.zeros_like(ids)}
 
 
 def make_loss(roles, num_tokens, with_values=True):
-    def loss_fn(microbatch):
+    def loss_fn(hidden, microbatch):
         ids, mask = microbatch["input_ids"], microbatch["mask"]
-        where = ids, torch.arange(ids.shape[1]).expand_as(ids), torch.zeros_like(ids)
-        hidden = hidden_before(roles["policy"](*where), mask)
+        where = ids, microbatch["position_ids"], microbatch["first_key"]
+        hidden = hidden_before(hidden["policy"], mask)
         logprobs, entropy = vocab_parallel_logprobs(hidden, roles["policy"], ids[mask])
         with torch.no_grad():
             states = hidden_before(roles["ref_policy"](*where), mask)
@@ -60,7 +67,7 @@ def full_gradients(model):
     gradients = {}
     for unit in model.units:
         if unit.trainable:
-            flat = all_gather(unit.own(unit.flat_grad), unit.dp) if model.zero else unit.flat_grad
+            flat = all_gather(unit.own(unit.flat_grad), unit.dp) if unit.zero else unit.flat_grad
             gradients |= {name: unit.view(flat, i).clone() for i, name in enumerate(unit.names)}
     return gradients
 
