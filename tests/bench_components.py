@@ -101,8 +101,8 @@ def training_pair(theirs, ours, mesh):
     mask = positions > 0
     microbatch = {"input_ids": input_ids, "position_ids": positions, "first_key": torch.zeros_like(input_ids)}
 
-    def loss_fn(mb):
-        states = hidden_before(ours(mb["input_ids"], mb["position_ids"], mb["first_key"]), mask)
+    def loss_fn(hidden, mb):
+        states = hidden_before(hidden["policy"], mask)
         return -vocab_parallel_logprobs(states, ours, mb["input_ids"][mask])[0].sum() / mask.sum(), {}
 
     def our_step():

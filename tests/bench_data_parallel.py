@@ -62,13 +62,18 @@ def make_batch(size, rank):
     return {"input_ids": input_ids, "position_ids": positions, "first_key": torch.zeros_like(input_ids), "mask": mask}
 
 
-def make_loss_fn(forward, decoder, num_tokens):
-    def loss_fn(batch):
-        hidden = hidden_before(forward(batch["input_ids"], batch["position_ids"], batch["first_key"]), batch["mask"])
-        logprobs, _ = vocab_parallel_logprobs(hidden, decoder, batch["input_ids"][batch["mask"]])
+def make_loss_fn(decoder, num_tokens):
+    def loss_fn(hidden, batch):
+        states = hidden_before(hidden["policy"], batch["mask"])
+        logprobs, _ = vocab_parallel_logprobs(states, decoder, batch["input_ids"][batch["mask"]])
         return -logprobs.sum() / num_tokens, {}
 
     return loss_fn
+
+
+def run_decoder(decoder, batch):
+    """Its states by role, as `forward_backward` gives them to a loss."""
+    return {"policy": decoder(batch["input_ids"], batch["position_ids"], batch["first_key"])}
 
 
 def take_turns(steps: dict, num_steps, barrier):
@@ -91,8 +96,8 @@ def against_torch_ddp(size, num_steps):
     ours = make_decoder(size, mesh)
     wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(ours), gradient_as_bucket_view=True)
     model = data_parallel({"policy": ours}, mesh, Layout())
-    our_loss = make_loss_fn(ours, ours, num_tokens)
-    their_loss = make_loss_fn(wrapped, wrapped.module, num_tokens / mesh.world_size)  # torch's DDP averages
+    our_loss = make_loss_fn(ours, num_tokens)
+    their_loss = make_loss_fn(wrapped.module, num_tokens / mesh.world_size)  # torch's DDP averages
 
     def our_step():
         model.zero_grad()
@@ -100,7 +105,7 @@ def against_torch_ddp(size, num_steps):
 
     def their_step():
         wrapped.zero_grad(set_to_none=False)
-        loss, _ = their_loss(batch)
+        loss, _ = their_loss(run_decoder(wrapped, batch), batch)
         loss.backward()
         mesh.sum(loss, "dp").item()  # forward_backward, too, gives the loss of all ranks
 
@@ -118,7 +123,7 @@ def against_plain_loop(size, num_steps):
     plain_optimizer = torch.optim.AdamW(plain.parameters(), 1e-4, (0.9, 0.95), weight_decay=0.0, fused=True)
     model = data_parallel({"policy": ours}, mesh, Layout())
     optimizer = AdamW(model, 1e-4)
-    our_loss, plain_loss = make_loss_fn(ours, ours, num_tokens), make_loss_fn(plain, plain, num_tokens)
+    our_loss, plain_loss = make_loss_fn(ours, num_tokens), make_loss_fn(plain, num_tokens)
     pieces = [dict(zip(batch, x, strict=True)) for x in zip(*(x.chunk(2) for x in batch.values()), strict=True)]
 
     def our_step():
@@ -130,7 +135,7 @@ def against_plain_loop(size, num_steps):
     def plain_step():
         total = 0.0
         for piece in pieces:
-            loss, _ = plain_loss(piece)
+            loss, _ = plain_loss(run_decoder(plain, piece), piece)
             loss.backward()
             total += loss.item()
         nn.utils.clip_grad_norm_(plain.parameters(), 1.0)

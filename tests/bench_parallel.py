@@ -1,8 +1,9 @@
-"""Times ZeRO-3 against torch's FSDP2 on two ranks; run by hand: `OMP_NUM_THREADS=1 python -m tests.bench_parallel`.
+"""Times the layouts against torch's own on two ranks; run by hand: `OMP_NUM_THREADS=1 python -m tests.bench_parallel`.
 
-The same decoder, weights and rows in the same processes, a step being forward, backward and reduction of both in turns,
-without and with recomputation of whole layers. Reported are the ratio of the fastest steps, since other work on the
-machine only ever adds time, and the bytes of all live tensors at the peak of a step beyond what lies there before it.
+ZeRO-3 against FSDP2, tensor parallelism against DTensor, 1F1B against torch's pipelining. The same decoder, weights and
+rows in the same processes, a step being forward, backward and reduction of both in turns. Reported are the ratio of the
+fastest steps, since other work on the machine only ever adds time, and for ZeRO-3, without and with recomputation of
+whole layers, the bytes of all live tensors at the peak of a step beyond what lies there before it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from parallel.model import Decoder, DecoderConfig
 from parallel.pipeline import forward_backward
 from tests.bench_data_parallel import report, take_turns
 from tests.ranks import close_pools, run_ranks
+from tests.torch_peers import against_dtensor, against_pipelining, make_config
 from tests.zero_models import LiveBytes
 
 CONFIG = DecoderConfig(
@@ -52,24 +54,25 @@ def against_fsdp2(recompute, num_steps):
     theirs = copy.deepcopy(ours)
     theirs.recompute = recompute
     device_mesh = init_device_mesh("cpu", (mesh.world_size,))
-    for module in (*theirs.layers, theirs):  # embeddings, final norm and head are the last one
+    for module in (*theirs.layers.values(), theirs):  # embeddings, final norm and head are the last one
         fully_shard(module, mesh=device_mesh)
     model = data_parallel({"policy": ours}, mesh, Layout(zero=3, recompute=recompute))
     ids = torch.randint(CONFIG.vocab_size, (NUM_ROWS, SEQ_LEN), generator=torch.Generator().manual_seed(mesh.rank))
     positions, first_key = torch.arange(SEQ_LEN).expand_as(ids), torch.zeros_like(ids)
 
-    def loss_of(decoder, divisor):
-        logits = F.linear(decoder(ids, positions, first_key), decoder.lm_head_weight)[:, :-1]
+    def loss_of(hidden, decoder, divisor):
+        logits = F.linear(hidden, decoder.lm_head_weight)[:, :-1]
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) / divisor
 
     def our_step():
         model.zero_grad()
-        forward_backward(model, [ids], lambda _: (loss_of(ours, mesh.dp.size), {}))
+        microbatch = {"input_ids": ids, "position_ids": positions, "first_key": first_key}
+        forward_backward(model, [microbatch], lambda hidden, _: (loss_of(hidden["policy"], ours, mesh.dp.size), {}))
 
     def their_step():
         for parameter in theirs.parameters():
             parameter.grad = None
-        loss = loss_of(theirs, 1)
+        loss = loss_of(theirs(ids, positions, first_key), theirs, 1)
         loss.backward()
         mesh.sum(loss, "dp").item()  # forward_backward, too, gives the loss of all ranks
 
@@ -87,6 +90,14 @@ def against_fsdp2(recompute, num_steps):
     return seconds, peaks
 
 
+def in_turns(make, num_steps, *args):
+    """Seconds of each step of both, whose gradients agree."""
+    our_step, their_step, compare = make(*args)
+    seconds = take_turns({"ours": our_step, "torch": their_step}, num_steps, init_mesh().barrier)
+    assert compare() < 1e-4
+    return seconds
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=30)
@@ -97,4 +108,11 @@ if __name__ == "__main__":
         report(f"recompute {recompute}", seconds)
         ours, theirs = (peak / 2**20 for peak in peaks)
         print(f"| live at the peak | {ours:.1f} MiB | {theirs:.1f} MiB | {ours / theirs:.3f} |", flush=True)
+    config = make_config(num_layers=6, hidden_size=256)
+    for title, make, *args in (
+        ("tensor parallelism, DTensor", against_dtensor, config, 4),
+        ("1F1B of 8 micro-batches, torch's pipelining", against_pipelining, config, 8, 8),
+        ("1F1B of 8 smaller ones", against_pipelining, make_config(6, 128, seq_len=32), 8, 8),
+    ):
+        report(title, run_ranks(2, in_turns, make, num_steps, *args, timeout=300)[0])
     close_pools()
