@@ -19,14 +19,14 @@ from kernels.linear_logprobs import linear_logprobs
 from parallel.checkpoint import load_decoder, save_decoder
 from parallel.collectives import Pending, _Conjugate, all_gather, reduce_from_tp, reduce_scatter, traffic
 from parallel.data import Example, pack_batch, pad_batch
-from parallel.data_parallel import data_parallel
+from parallel.data_parallel import DataParallel, data_parallel
 from parallel.families import config_from_hf
 from parallel.generation import Sampling, generate
 from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
-from parallel.pipeline import forward_backward
-from parallel.reshard import rollout_weights
+from parallel.pipeline import Walk, forward_backward
+from parallel.reshard import Shards, rollout_weights
 from parallel.reward import save_reward_model
 from parallel.tensor import Placement, fill_local, padded_vocab_size, placements
 from tasks.random_walks import make_tokenizer
@@ -364,6 +364,120 @@ def test_planted_bugs_are_caught(bug):
     for _, norm, gradients in run_ranks(ranks, step_with_bug, bug, "sft"):
         caught = max(caught, worst_difference(gradients, expected)[0], abs(norm / expected_norm - 1))
     assert caught >= 1e-3
+
+
+def skip_units(kind):
+    """A reduction that leaves out what several stages hold: the heads, or the tied embedding."""
+    launch = DataParallel._launch
+
+    def skipping(self, unit):
+        if not (unit.chunk is None and unit.name.endswith(".embedding") == (kind == "embedding")):
+            launch(self, unit)
+
+    return skipping
+
+
+def neighbours_labels(walk_forward=Walk.forward):
+    def forward(self, action, last_part):
+        walk_forward(self, action, lambda hidden, i: last_part(hidden, (i + 1) % len(self.microbatches)))
+
+    return forward
+
+
+def stale_weights(enter=Shards.enter):
+    def once(self, section, x):
+        enter(self, section, x)
+        for unit in self.sections[section]:  # as if the gather had not come
+            unit.full.mul_(0.5)
+
+    return once
+
+
+PIPELINE_BUGS = {
+    "tied embedding of one end": (
+        2,
+        Layout(pp=2),
+        "sft",
+        "parallel.data_parallel.DataParallel._launch",
+        skip_units("embedding"),
+    ),
+    "heads of one stage": (2, Layout(pp=2), "ppo", "parallel.data_parallel.DataParallel._launch", skip_units("heads")),
+    "labels of the next micro-batch": (2, Layout(pp=2), "sft", "parallel.pipeline.Walk.forward", neighbours_labels()),
+    "norm of one stage": (2, Layout(pp=2), "sft", "parallel.mesh.Mesh.sum", lambda self, x, axis: x),
+    "stale gather": (4, Layout(pp=2, zero=3), "sft", "parallel.reshard.Shards.enter", stale_weights()),
+}
+
+
+def step_with_pipeline_bug(bug):
+    _, layout, script, target, replacement = PIPELINE_BUGS[bug]
+    with mock.patch(target, replacement):
+        model, _, norm = half_step("gpt2", script, "float64", layout, 1, 5)
+    gradients = {}
+    for unit in model.units:
+        gradients |= unit.full_tensors(unit.own(unit.flat_grad) if unit.zero else unit.flat_grad)
+    return norm, gradients
+
+
+@pytest.mark.parametrize("bug", PIPELINE_BUGS)
+def test_planted_bugs_of_pipelines_are_caught(bug):
+    ranks, _, script, *_ = PIPELINE_BUGS[bug]
+    _, expected_norm, expected = step("gpt2", script, "float64", Layout(), 8, 5)
+    expected = {name: (x, max(x.abs().max().item(), 1e-9)) for (_, name), x in expected.items()}
+    caught = 0.0
+    for norm, gradients in run_ranks(ranks, step_with_pipeline_bug, bug):
+        caught = max(caught, abs(norm / expected_norm - 1))
+        for name, x in gradients.items():
+            caught = max(caught, (x - expected[name][0]).abs().max().item() / expected[name][1])
+    assert caught >= 1e-3
+
+
+# --- odd cases -------------------------------------------------------------------------------------------------------
+
+
+def unequal_step(layout, counts):
+    """Gradients of a step in which each replica has cut its rows into another number of micro-batches."""
+    mesh = init_mesh(layout)
+    config = replace(config_from_hf(CASES["gpt2"], "test")[0], num_layers=5)
+    roles, microbatches, loss_fn = make_sft(config, mesh, torch.float64, 8 // mesh.dp.size // counts[mesh.dp.rank])
+    draw(roles["policy"], mesh)
+    model = data_parallel(roles, mesh, layout)
+    model.zero_grad()
+    metrics = forward_backward(model, list(microbatches), loss_fn)
+    gradients = {}
+    for unit in model.units:
+        flat = unit.own(unit.flat_grad) if unit.zero else unit.flat_grad
+        gradients |= {name: x.clone() for name, x in unit.full_tensors(flat).items()}
+    return metrics["loss"], gradients
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, Layout()), (2, Layout(zero=2)), (2, Layout(zero=3)), (4, Layout(pp=2, zero=1))], ids=show
+)
+def test_replicas_may_have_different_numbers_of_microbatches(ranks, layout):
+    """The shorter replica runs its last one again, for nothing; the longer one's sums wait for it."""
+    metrics, _, expected = step("gpt2", "sft", "float64", Layout(), 8, 5)
+    expected = {name: x for (_, name), x in expected.items()}
+    found = set()
+    for loss, gradients in run_ranks(ranks, unequal_step, layout, (1, 4)):
+        assert loss == pytest.approx(metrics["loss"], rel=1e-13)
+        for name, x in gradients.items():
+            assert (x - expected[name]).abs().max() <= 1e-12 * expected[name].abs().max().clamp(min=1e-3), name
+        found |= gradients.keys()
+    assert found == expected.keys()
+
+
+def step_twice(layout):
+    """The same step in the same processes: gradients and loss, twice."""
+    results = []
+    for _ in range(2):
+        model, metrics, norm = half_step("llama", "ppo", "float32", layout, 2, 5)
+        results.append((metrics, norm, [unit.flat_grad.clone() for unit in model.units]))
+    (metrics, norm, first), (again_metrics, again_norm, second) = results
+    return metrics == again_metrics and norm == again_norm and all(map(torch.equal, first, second))
+
+
+def test_pipelines_repeat_bit_for_bit():
+    assert all(run_ranks(4, step_twice, Layout(pp=2, zero=1)) + run_ranks(4, step_twice, Layout(pp=2, tp=2)))
 
 
 # --- traffic ---------------------------------------------------------------------------------------------------------
