@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.checkpoint import eos_ids, holds_heads, load_decoder, load_heads, save_decoder, save_training_state
+from parallel.checkpoint import eos_ids, holds_heads, load_decoder, load_heads, save_decoder
 from parallel.collectives import Axis
 from parallel.data import (
     check_vocabulary,
@@ -55,7 +55,7 @@ from parallel.data import (
     rows_at,
     split_turns,
 )
-from parallel.data_parallel import data_parallel, saved_tensor
+from parallel.data_parallel import data_parallel
 from parallel.generation import EVALUATION, Sampling, generate, lm_logits, stop_at
 from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
@@ -64,16 +64,14 @@ from parallel.reshard import rollout_weights
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
 from parallel.tensor import (
-    fill_local,
-    full_tensor,
     hidden_before,
     padded_vocab_size,
     place_vocab,
-    placements,
     vocab_parallel_logits,
     vocab_parallel_logprobs,
     vocab_parallel_target,
 )
+from parallel.training_state import module_pieces, save_training_state
 from tasks.rewards import SampleContext, make_reward, make_samples, score_together
 
 MAX_AWAC_WEIGHT = 20.0  # w_max of eq. 5
@@ -503,18 +501,11 @@ def main(args: Args) -> None:
     reward = make_reward(args.reward, context) if args.reward else None
 
     # where a resumed run goes on
-    targets = {f"target_q_heads.{name}": p for name, p in target_q_heads.named_parameters()}
-    placed = {f"target_q_heads.{name}": x for name, x in placements(target_q_heads).items()}
     state = Progress()
-    saved = run.load_checkpoint()
+    stored = [*model.pieces(), *optimizer.pieces(), *module_pieces("target_q_heads", target_q_heads, mesh)]
+    saved = run.load_checkpoint(stored)
     if saved is not None:
-        tensors, meta = saved
-        for name, p in targets.items():
-            fill_local(p, saved_tensor(tensors, name, placed[name].full_shape(p.shape)), placed[name], mesh.tp)
-            tensors.pop(name)
-        model.load_state_dict(tensors)
-        optimizer.load_state_dict(tensors)
-        state = Progress(**meta["progress"])
+        state = Progress(**saved["progress"])
     num_actions = sum(sum(dialogue.action_mask) for dialogue in dialogues)
     run.describe(
         [
@@ -536,10 +527,8 @@ def main(args: Args) -> None:
     )
 
     def save_checkpoint():
-        tensors = {**model.state_dict(), **optimizer.state_dict()}
-        tensors |= {name: full_tensor(p, placed[name], mesh.tp) for name, p in targets.items()}
         meta = {"progress": vars(state)}
-        save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
+        save_training_state(run.folder / "checkpoints", state.step, stored, meta, keep=2, mesh=mesh)
 
     def evaluate_now():
         with rollout_weights(policy) as sampler:

@@ -36,12 +36,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallel.checkpoint import (
-    eos_ids,
-    load_decoder,
-    save_decoder,
-    save_training_state,
-)
+from parallel.checkpoint import eos_ids, load_decoder, save_decoder
 from parallel.data import (
     check_vocabulary,
     epoch_order,
@@ -61,6 +56,7 @@ from parallel.reward import is_reward_model, load_reward_model
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, check_flags, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
+from parallel.training_state import save_training_state
 from tasks.rewards import SampleContext, make_reward, make_samples, score_together
 
 KL_HORIZON = 10_000  # sequences over which the adaptive KL coefficient answers to an error (Ziegler et al. 2019)
@@ -611,12 +607,10 @@ def main(args: Args) -> None:
 
     # where a resumed run goes on
     state = Progress(kl_coef=args.kl_coef)
-    saved = run.load_checkpoint()
+    stored = [*model.pieces(), *optimizer.pieces()]
+    saved = run.load_checkpoint(stored)
     if saved is not None:
-        tensors, meta = saved
-        model.load_state_dict(tensors)
-        optimizer.load_state_dict(tensors)
-        state = Progress(**meta["progress"])
+        state = Progress(**saved["progress"])
 
     steps_per_iteration = args.epochs * (args.batch_size // args.minibatch_size)
     total_steps = steps_per_iteration * args.max_iterations
@@ -633,10 +627,8 @@ def main(args: Args) -> None:
         run.note("top-k or top-p cut what is sampled, not the probabilities: rollouts are off-policy by kept_mass")
 
     def save_checkpoint():
-        tensors = {**model.state_dict(), **optimizer.state_dict()}
-        save_training_state(
-            run.folder / "checkpoints", state.iteration, tensors, {"progress": vars(state)}, keep=2, mesh=mesh
-        )
+        meta = {"progress": vars(state)}
+        save_training_state(run.folder / "checkpoints", state.iteration, stored, meta, keep=2, mesh=mesh)
 
     def save_model(name):
         heads = {} if "value_model" in roles else {role: x for role, x in roles.items() if role == "value_head"}

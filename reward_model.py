@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.checkpoint import load_decoder, save_training_state
+from parallel.checkpoint import load_decoder
 from parallel.data import check_vocabulary, epoch_order, join_parts, load_tokenizer, rows_at, split_turns
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
@@ -44,6 +44,7 @@ from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model, pack_sequences, read_scores, save_reward_model
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
+from parallel.training_state import save_training_state
 from tasks.baselines import bag_accuracy, count_wins, length_accuracy
 
 MIN_PROMPTS = 100  # below, a tenth of them says little, and single pairs are held out
@@ -372,12 +373,10 @@ def main(args: Args) -> None:
     }
 
     state = Progress()
-    saved = run.load_checkpoint()
+    stored = [*model.pieces(), *optimizer.pieces()]
+    saved = run.load_checkpoint(stored)
     if saved is not None:
-        tensors, meta = saved
-        model.load_state_dict(tensors)
-        optimizer.load_state_dict(tensors)
-        state = Progress(**meta["progress"])
+        state = Progress(**saved["progress"])
     run.describe(
         [
             ("model", f"{args.model}, {reward_model.config.num_layers} layers, {reward_model.config.hidden_size} wide"),
@@ -399,9 +398,8 @@ def main(args: Args) -> None:
     )
 
     def save_checkpoint():
-        tensors = {**model.state_dict(), **optimizer.state_dict()}
         meta = {"progress": vars(state)}
-        save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
+        save_training_state(run.folder / "checkpoints", state.step, stored, meta, keep=2, mesh=mesh)
 
     def save_model(name):
         with rollout_weights(reward_model):

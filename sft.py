@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from parallel.checkpoint import load_decoder, save_decoder, save_training_state
+from parallel.checkpoint import load_decoder, save_decoder
 from parallel.data import check_vocabulary, load_tokenizer, pack_batch, pad_batch, rows_at, sft_examples
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
@@ -32,6 +32,7 @@ from parallel.reshard import rollout_weights
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, check_flags, launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
+from parallel.training_state import save_training_state
 
 
 @dataclass
@@ -164,12 +165,10 @@ def main(args: Args) -> None:
     )
 
     state = Progress()
-    saved = run.load_checkpoint()
+    stored = [*model.pieces(), *optimizer.pieces()]
+    saved = run.load_checkpoint(stored)
     if saved is not None:
-        tensors, meta = saved
-        model.load_state_dict(tensors)
-        optimizer.load_state_dict(tensors)
-        state = Progress(**meta["progress"])
+        state = Progress(**saved["progress"])
     run.describe(
         [
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
@@ -186,9 +185,8 @@ def main(args: Args) -> None:
     )
 
     def save_checkpoint():
-        tensors = {**model.state_dict(), **optimizer.state_dict()}
         meta = {"progress": vars(state)}
-        save_training_state(run.folder / "checkpoints", state.step, tensors, meta, keep=2, mesh=mesh)
+        save_training_state(run.folder / "checkpoints", state.step, stored, meta, keep=2, mesh=mesh)
 
     def evaluate_now():
         with rollout_weights(policy):

@@ -1,14 +1,11 @@
-"""Weights in and out: Hugging Face folders, and the state that a resumed run goes on from.
+"""Weights in and out: Hugging Face folders. What a resumed run goes on from lies elsewhere, in `training_state.py`.
 
 Every folder is written under another name and renamed when it is complete, so that a crash never leaves one that looks
 whole. Only rank 0 writes; an error there stops all ranks.
 """
 
-import json
 import os
 import re
-import shutil
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from parallel.families import config_from_hf, pieces
-from parallel.files import hash_file, hash_meta, on_logger, read_json, restore_replaced, write_folder, write_json
+from parallel.files import read_json, write_folder, write_json
 from parallel.mesh import Mesh
 from parallel.model import Decoder
 from parallel.tensor import fill_local, full_tensor, placements
 
 FILE_BYTES = 5 << 30  # of one file of exported weights
-STATE, META = "state.safetensors", "meta.json"  # the files of a checkpoint
 HEADS = ("lm_head.weight", "embed_out.weight")  # transformers 5 holds GPT-NeoX's embed_out as lm_head
 # buffers that files of some families hold, and the head of a reward model
 IGNORED = re.compile(r"(\.attn(ention)?\.(masked_)?bias|rotary_emb\.inv_freq|^score\.weight)$")
@@ -302,92 +298,3 @@ def eos_ids(path_or_id: str, tokenizer) -> list[int]:
         stored = read_json(folder / file).get("eos_token_id") if (folder / file).exists() else None
         ids |= set(stored) if isinstance(stored, list) else {stored}
     return sorted(ids - {None})
-
-
-# --- the state of a run ---------------------------------------------------------------------------------------------
-
-
-def save_training_state(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict, keep: int, mesh: Mesh) -> None:
-    """Writes folder/step-<step>: state.safetensors, and meta.json with the hashes of both; the newest `keep` stay.
-
-    Args: tensors: full tensors under full names; optimizer state as <name>|m, |v and |master.
-    Communication: one barrier.
-    Raises: RankError on every rank if the disk does not take it; the checkpoints before stay.
-    """
-
-    def write(temporary: Path) -> None:
-        # views of a flat unit may share its memory: safetensors refuses only tensors that overlap
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, temporary / STATE)
-        content = json.loads(json.dumps({"step": step, **meta}))
-        content["sha256"] = {STATE: hash_file(temporary / STATE), META: hash_meta(content)}
-        write_json(temporary / META, content)
-
-    def remove_leftovers() -> None:
-        restore_replaced(folder, "step-*")
-        for leftover in folder.glob("tmp-*"):
-            shutil.rmtree(leftover)
-
-    def prune() -> None:
-        for old in list_steps(folder)[keep:]:
-            os.rename(old, old.with_name(f"tmp-{old.name}"))
-            shutil.rmtree(old.with_name(f"tmp-{old.name}"))
-
-    on_logger(remove_leftovers, f"cannot remove what a crash left in {folder}", mesh)
-    write_folder(folder / f"step-{step}", write, mesh)
-    on_logger(prune, f"cannot remove old checkpoints in {folder}", mesh)
-
-
-def load_training_state(folder: Path, mesh: Mesh) -> tuple[dict[str, Tensor], dict] | None:
-    """Tensors and meta of the newest intact checkpoint; None without any. A damaged one is named and passed over.
-
-    Communication: rank 0 decides and tells the others.
-    Raises: ValueError on all ranks if all are damaged.
-    """
-    chosen, damaged = None, []
-
-    def choose() -> None:
-        nonlocal chosen
-        restore_replaced(folder, "step-*")
-        for path in list_steps(folder):
-            problem = find_damage(path)
-            if problem is None:
-                chosen = path.name
-                return
-            damaged.append(f"{path} is damaged ({problem})")
-
-    on_logger(choose, f"cannot read the checkpoints in {folder}", mesh)
-    chosen, damaged = mesh.broadcast_object((chosen, damaged))
-    if damaged:
-        if chosen is None:
-            raise ValueError(f"{'; '.join(damaged)}; there is none before it: --overwrite starts anew")
-        warnings.warn(f"{'; '.join(damaged)}; going on from {chosen}", stacklevel=2)
-    if chosen is None:
-        return None
-    error, state = None, None
-    try:
-        state = load_file(folder / chosen / STATE), read_json(folder / chosen / META)
-    except (OSError, ValueError, SafetensorError) as caught:
-        error = ValueError(f"{folder / chosen} cannot be read here: {caught}")
-    mesh.raise_together(error)
-    return state
-
-
-def list_steps(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(paths, key=lambda path: -int(path.name.removeprefix("step-")))
-
-
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything."""
-    for name in (META, STATE):
-        if not (path / name).is_file():
-            return f"there is no {name}"
-    try:
-        meta = json.loads((path / META).read_text())
-        written = meta["sha256"]
-        found = {STATE: hash_file(path / STATE), META: hash_meta(meta)}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return f"{META} cannot be read: {type(error).__name__}: {error}"
-    changed = [name for name in found if found[name] != written.get(name)]
-    return f"{changed[0]} is not what was written" if changed else None

@@ -38,7 +38,8 @@ from parallel.collectives import (
 from parallel.mesh import Layout, Mesh
 from parallel.model import Decoder
 from parallel.reshard import Shards, free_units
-from parallel.tensor import Placement, fill_local, full_tensor, placements
+from parallel.tensor import Placement, placements
+from parallel.training_state import Piece, make_pieces
 
 ALIGNMENT = 64  # entries; every parameter begins at a multiple, as fast matrix products on any device want it
 HASH_BLOCK = 1 << 20  # entries
@@ -120,16 +121,6 @@ class Unit:
         """This rank's part of `flat`, `flat_grad` or optimizer state, whether that is whole or the part alone."""
         return flat[self.part] if flat.numel() == self.size else flat
 
-    def write(self, flat: Tensor, i: int, full: Tensor) -> None:
-        """Copies the i-th parameter, given in full, into `flat` or optimizer state, as far as this rank holds it."""
-        values = torch.empty(self.shapes[i], dtype=flat.dtype, device=flat.device)
-        fill_local(values, full, self.placements[i], self.tp)
-        if flat.numel() == self.size:
-            self.view(flat, i).copy_(values)
-        else:
-            mine, of_parameter = self.overlap(i)
-            flat[mine].copy_(values.flatten()[of_parameter])
-
     def tensors(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The parameters' entries of `flat` or optimizer state by name, as far as this rank of tp holds them: views, or
         where replicas hold parts, gathered on the first replica alone. Communication: then one all-gather over dp."""
@@ -140,16 +131,15 @@ class Unit:
         for i, name in enumerate(self.names):
             yield name, self.view(flat, i)
 
-    def full_tensors(self, flat: Tensor) -> dict[str, Tensor]:
-        """`tensors` in full shapes without padding; what was gathered lies on the CPU.
-
-        Communication: also one all-gather over tp per parameter sharded there.
-        """
-        found = {}
-        for (name, local), placement in zip(self.tensors(flat), self.placements, strict=False):
-            full = full_tensor(local, placement, self.tp)
-            found[name] = full if flat.numel() == self.size and self.tp.size == 1 else full.cpu()
-        return found
+    def pieces(self, flat: Tensor, suffix: str = "") -> Iterator[Piece]:
+        """What this rank holds of `flat` or optimizer state, for a checkpoint: of a whole unit the first replica writes
+        all, of a shared one each its part."""
+        is_whole = flat.numel() == self.size
+        for i, (name, shape, placement) in enumerate(zip(self.names, self.shapes, self.placements, strict=True)):
+            here, there = self.overlap(i)
+            entries, first = (self.view(flat, i).view(-1), 0) if is_whole else (flat[here], there.start)
+            is_written = self.dp.rank == 0 or not is_whole
+            yield from make_pieces(name + suffix, entries, first, shape, placement, self.tp, is_written)
 
     # --- tensor parallelism ---
 
@@ -269,27 +259,11 @@ class DataParallel:
         for unit in self.units:
             yield from zip(unit.names, unit.parameters, strict=True)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Trainable parameters by full name, in full shapes without padding; the frozen come from where they were.
-
-        Views on every rank; under zero 3 or tp copies on the CPU, gathered unit by unit, under zero 3 on rank 0 alone.
-        """
-        return {name: x for unit in self.units if unit.trainable for name, x in unit.full_tensors(unit.flat).items()}
-
-    @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Copies the parameters of a `state_dict`; optimizer state (<name>|...) is passed over.
-
-        Raises: ValueError naming a tensor that is missing, of another shape, or of no parameter here.
-        """
-        known = {name for unit in self._order for name in unit.names}
-        unknown = sorted(name for name in tensors if "|" not in name and name not in known)
-        if unknown:
-            raise ValueError(f"the checkpoint has a tensor {unknown[0]} that is not here: it is of another model")
-        for unit in self._order:
-            for i, name in enumerate(unit.names):
-                shape = unit.placements[i].full_shape(unit.shapes[i])
-                unit.write(unit.flat, i, saved_tensor(tensors, name, shape))
+    def pieces(self) -> Iterator[Piece]:
+        """What a checkpoint holds of the trainable parameters; the frozen come from where they were."""
+        for unit in self.units:
+            if unit.trainable:
+                yield from unit.pieces(unit.flat)
 
     def zero_grad(self) -> None:
         """Gradients to 0, in place: they stay views of their units. From zero 2 on they lose their storage, which comes
@@ -454,17 +428,6 @@ def make_units(roles: dict[str, nn.Module], mesh: Mesh) -> list[Unit]:
         units.append(Unit(section, parameters, placed, dp, mesh))
         units[-1].chunk = chunk
     return units
-
-
-def saved_tensor(tensors: dict[str, Tensor], name: str, shape: list[int]) -> Tensor:
-    """tensors[name], if it is there and of this shape; else ValueError."""
-    if name not in tensors:
-        raise ValueError(f"the checkpoint has no tensor {name}: it belongs to another model or was saved without it")
-    if list(tensors[name].shape) != shape:
-        raise ValueError(
-            f"{name} is {list(tensors[name].shape)} in the checkpoint but {shape} here: it is of another model"
-        )
-    return tensors[name]
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Files that are whole or not there: folders written under another name and renamed when they are complete.
 
-Only rank 0 writes; an error there stops all ranks.
+An error on a rank that writes stops all ranks.
 """
 
 import glob
@@ -26,29 +26,12 @@ def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh, tensor
     """
 
     def make() -> None:
-        temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(REPLACED + folder.name)
-        restore_replaced(folder.parent, glob.escape(folder.name))
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
         try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            for path in temporary.rglob("*"):
-                flush(path)
-            flush(temporary)
-            if folder.exists():
-                os.rename(folder, old)
-            os.rename(temporary, folder)
+            write(start_folder(folder))
+            finish_folder(folder)
         except BaseException:
-            restore_replaced(folder.parent, glob.escape(folder.name))
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
+            discard_folder(folder)
             raise
-        flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def make_with_others() -> None:
-        try:
-            make()
         finally:
             for _ in tensors:
                 pass
@@ -56,7 +39,36 @@ def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh, tensor
     if not mesh.is_logger:
         for _ in tensors:
             pass
-    on_logger(make_with_others, f"cannot write {folder}", mesh)
+    on_logger(make, f"cannot write {folder}", mesh)
+
+
+def start_folder(folder: Path) -> Path:
+    """Makes an empty tmp-<name> in which a folder is to be written."""
+    temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(REPLACED + folder.name)
+    restore_replaced(folder.parent, glob.escape(folder.name))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def finish_folder(folder: Path) -> None:
+    """Flushes tmp-<name> to disk and gives it its name; the folder that was there goes last."""
+    temporary, old = folder.with_name(f"tmp-{folder.name}"), folder.with_name(REPLACED + folder.name)
+    for path in temporary.rglob("*"):
+        flush(path)
+    flush(temporary)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def discard_folder(folder: Path) -> None:
+    """Removes tmp-<name> and puts back what it was to replace."""
+    restore_replaced(folder.parent, glob.escape(folder.name))
+    shutil.rmtree(folder.with_name(f"tmp-{folder.name}"), ignore_errors=True)  # a full disk gets its space back
 
 
 def restore_replaced(parent: Path, pattern: str) -> None:
@@ -69,14 +81,18 @@ def restore_replaced(parent: Path, pattern: str) -> None:
 
 def on_logger(function: Callable[[], None], failure: str, mesh: Mesh) -> None:
     """Calls a function on rank 0; the others wait, and all ranks stop if it fails."""
+    on_all(function if mesh.is_logger else lambda: None, failure, mesh)
+
+
+def on_all(function: Callable[[], None], failure: str, mesh: Mesh) -> None:
+    """Calls a function on every rank; all wait for all, and stop if it fails on one."""
     error = None
-    if mesh.is_logger:
-        try:
-            function()
-        except (OSError, SafetensorError) as caught:  # safetensors reports a full disk by its own error
-            error = ValueError(f"{failure}: {caught}")
-        except Exception as caught:
-            error = caught
+    try:
+        function()
+    except (OSError, SafetensorError) as caught:  # safetensors reports a full disk by its own error
+        error = ValueError(f"{failure}: {caught}")
+    except Exception as caught:
+        error = caught
     mesh.raise_together(error)
 
 

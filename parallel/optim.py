@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import RankError, all_gather, all_gather_async_
-from parallel.data_parallel import DataParallel, Unit, describe_nonfinite, saved_tensor
+from parallel.data_parallel import DataParallel, Unit, describe_nonfinite
 from parallel.mesh import Mesh
+from parallel.training_state import Piece
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -120,7 +121,7 @@ class AdamW:
         if missing:
             raise ValueError(f"no learning rate for {', '.join(missing)}, which has trainable parameters")
         self.steps = torch.zeros((), dtype=torch.float32, device=model.mesh.device)  # taken
-        self.num_skipped = 0  # in a row, until now
+        self.num_skipped = torch.zeros(())  # in a row, until now
         self.state: dict[Unit, dict[str, Tensor]] = {}
         self._weights: dict[Unit, Tensor] = {}  # what this rank steps over of each unit's `flat`
         self._groups: dict[tuple, list[list[Tensor]]] = {}  # (role, decay, dtype) -> weights, gradients, m, v
@@ -153,7 +154,7 @@ class AdamW:
         if not math.isfinite(model.grad_norm):
             self._skip()
             return False
-        self.num_skipped = 0
+        self.num_skipped.zero_()
         self.steps += 1
         divisor = None
         if model.grad_divisor > 1:
@@ -202,32 +203,12 @@ class AdamW:
                 warnings.warn(f"optimizer step skipped on all ranks: {culprit}", stacklevel=3)
         self.model.grad_norm = None
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """m, v and (of bfloat16 parameters) master as "<full name>|m" and so on, in full shapes, and the step count.
-
-        Views; from zero 1 on, or under tp, copies on the CPU, gathered unit by unit; from zero 1 on of rank 0 alone.
-        """
-        tensors = {"optimizer|steps": self.steps, "optimizer|num_skipped": torch.tensor(float(self.num_skipped))}
-        for unit, key, flat in self._stored():
-            tensors |= {f"{name}|{key}": x for name, x in unit.full_tensors(flat).items()}
-        return tensors
-
-    @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Continues where `state_dict` was taken, bit for bit; other entries are ignored.
-
-        Raises: ValueError naming a tensor that is missing or of another shape.
-        """
-        self.steps.copy_(saved_tensor(tensors, "optimizer|steps", []))
-        self.num_skipped = int(saved_tensor(tensors, "optimizer|num_skipped", []))
-        for unit, key, flat in self._stored():
-            for i, name in enumerate(unit.names):
-                shape = unit.placements[i].full_shape(unit.shapes[i])
-                unit.write(flat, i, saved_tensor(tensors, f"{name}|{key}", shape))
-
-    def _stored(self) -> Iterator[tuple[Unit, str, Tensor]]:
-        """What a checkpoint holds beside the weights."""
+    def pieces(self) -> Iterator[Piece]:
+        """What a checkpoint holds beside the weights: the counters, and m, v and (of bfloat16 parameters) master as
+        "<full name>|m" and so on."""
+        for name, counter in (("steps", self.steps), ("num_skipped", self.num_skipped)):
+            yield Piece(f"optimizer|{name}", [], (), counter, self.model.mesh.is_logger)
         for unit, state in self.state.items():
             for key, flat in state.items():
                 if flat is not self._weights[unit]:
-                    yield unit, key, flat
+                    yield from unit.pieces(flat, f"|{key}")

@@ -28,10 +28,10 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from parallel.checkpoint import load_training_state
 from parallel.collectives import RankError
 from parallel.files import on_logger
 from parallel.mesh import Layout, Mesh
+from parallel.training_state import Piece, load_training_state
 
 # flags whose change leaves the rest of a run as it would have been
 HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size"}
@@ -260,14 +260,15 @@ class Run:
         for line in lines:
             self.note(f"resumed with another flag: {line}")
 
-    def load_checkpoint(self) -> tuple[dict, dict] | None:
-        """Tensors and meta of the newest intact checkpoint of a resumed run; later rows of its files are dropped."""
+    def load_checkpoint(self, pieces: list[Piece]) -> dict | None:
+        """Fills the pieces from the newest intact checkpoint of a resumed run, and returns its meta; later rows of the
+        run's files are dropped."""
         if not self.resuming:
             if self.args.resume:
                 self.note(f"no run in {self.folder} to resume: starting anew")
             return None
-        saved = load_training_state(self.folder / "checkpoints", self.mesh)
-        step = saved[1]["step"] if saved else -1
+        saved = load_training_state(self.folder / "checkpoints", pieces, self.mesh)
+        step = saved["step"] if saved else -1
         self.note(f"resumed from {self.folder}/checkpoints/step-{step}" if saved else "no checkpoint: starting anew")
         on_logger(lambda: self.truncate(step), f"cannot rewrite the metrics of {self.folder}", self.mesh)
         return saved

@@ -18,20 +18,19 @@ from safetensors.torch import load_file, save_file
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from parallel import checkpoint, files  # noqa: E402
+from parallel import checkpoint, files, training_state  # noqa: E402
 from parallel.checkpoint import (  # noqa: E402
     eos_ids,
     full_heads,
     load_decoder,
     load_heads,
-    load_training_state,
     save_decoder,
-    save_training_state,
     write_heads,
 )
 from parallel.families import config_from_hf  # noqa: E402
 from parallel.mesh import init_mesh  # noqa: E402
 from parallel.model import Decoder, ScalarHead  # noqa: E402
+from parallel.training_state import Piece, load_training_state, save_training_state  # noqa: E402
 from tasks.random_walks import make_tokenizer  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 from tests.scripts import TINY_GPT2, make_tiny_model  # noqa: E402
@@ -268,15 +267,29 @@ def state_of(step, offset=0.0):
     }
 
 
+def pieces_of(tensors, mesh):
+    """Each tensor in one box, which one of the ranks writes."""
+    return [
+        Piece(name, list(x.shape), (0,) * x.dim(), x, i % mesh.world_size == mesh.rank)
+        for i, (name, x) in enumerate(tensors.items())
+    ]
+
+
 def save(folder, step, keep=2, mesh=MESH, offset=0.0):
-    save_training_state(folder, step, state_of(step, offset), {"kl_coef": 0.1 + step, "best": None}, keep, mesh)
+    pieces = pieces_of(state_of(step, offset), mesh)
+    save_training_state(folder, step, pieces, {"kl_coef": 0.1 + step, "best": None}, keep, mesh)
+
+
+def load_state(folder, mesh=MESH):
+    """Tensors and meta of the newest checkpoint."""
+    tensors = {name: torch.zeros_like(x) for name, x in state_of(0).items()}
+    meta = load_training_state(folder, pieces_of(tensors, mesh), mesh)
+    return tensors, meta
 
 
 def assert_is_state(saved, step, offset=0.0):
     tensors, meta = saved
-    expected = state_of(step, offset)
-    assert tensors.keys() == expected.keys()
-    for name, x in expected.items():
+    for name, x in state_of(step, offset).items():
         assert tensors[name].dtype == x.dtype and torch.equal(tensors[name], x), name
     assert (meta["step"], meta["kl_coef"], meta["best"]) == (step, 0.1 + step, None)
 
@@ -286,11 +299,11 @@ def names_in(folder):
 
 
 def test_training_state_comes_back_and_the_newest_are_kept(tmp_path):
-    assert load_training_state(tmp_path / "checkpoints", MESH) is None
+    assert load_training_state(tmp_path / "checkpoints", [], MESH) is None
     for step in (1, 8, 9, 10):  # 10 is after 9
         save(tmp_path / "checkpoints", step)
     assert names_in(tmp_path / "checkpoints") == ["step-10", "step-9"]
-    assert_is_state(load_training_state(tmp_path / "checkpoints", MESH), 10)
+    assert_is_state(load_state(tmp_path / "checkpoints"), 10)
 
 
 def flip_byte(path, position=-3):
@@ -300,13 +313,13 @@ def flip_byte(path, position=-3):
 
 
 DAMAGES = {  # case -> (what happens to the folder, what the warning must name)
-    "truncated": (lambda f: os.truncate(f / "state.safetensors", 100), "state.safetensors is not what was written"),
-    "flipped bit": (lambda f: flip_byte(f / "state.safetensors"), "state.safetensors is not what was written"),
-    "no weights": (lambda f: (f / "state.safetensors").unlink(), "there is no state.safetensors"),
+    "truncated": (lambda f: os.truncate(f / "rank-0.safetensors", 100), "rank-0.safetensors is not what was written"),
+    "flipped bit": (lambda f: flip_byte(f / "rank-0.safetensors"), "rank-0.safetensors is not what was written"),
+    "no weights": (lambda f: (f / "rank-0.safetensors").unlink(), "there is no rank-0.safetensors"),
     "no meta": (lambda f: (f / "meta.json").unlink(), "there is no meta.json"),
     "torn meta": (lambda f: os.truncate(f / "meta.json", 40), "meta.json cannot be read"),
     "binary meta": (lambda f: (f / "meta.json").write_bytes(b"\xff\xfe\x00"), "meta.json cannot be read"),
-    "meta of no object": (lambda f: (f / "meta.json").write_text("[1]"), "meta.json cannot be read"),
+    "meta of no object": (lambda f: (f / "meta.json").write_text("[1]"), "meta.json holds [1], not an object"),
     "meta without hashes": (lambda f: (f / "meta.json").write_text('{"step": 2}'), "meta.json cannot be read"),
     "changed meta": (
         lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace("2.1", "2.2")),
@@ -323,21 +336,21 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(case, tmp_path):
     save(tmp_path, 2)
     damage(tmp_path / "step-2")
     with pytest.warns(UserWarning) as warned:
-        saved = load_training_state(tmp_path, MESH)
+        saved = load_state(tmp_path)
     assert_is_state(saved, 1)
     [warning] = [str(w.message) for w in warned]
     assert f"{tmp_path / 'step-2'} is damaged" in warning and reason in warning and "going on from step-1" in warning
     save(tmp_path, 2)  # the run comes to the same step again
-    assert_is_state(load_training_state(tmp_path, MESH), 2)
+    assert_is_state(load_state(tmp_path), 2)
 
 
 def test_no_intact_checkpoint_is_an_error(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     for step in (1, 2):
-        flip_byte(tmp_path / f"step-{step}/state.safetensors")
+        flip_byte(tmp_path / f"step-{step}/rank-0.safetensors")
     with pytest.raises(ValueError, match="step-2 is damaged.*step-1 is damaged.*none before it: --overwrite"):
-        load_training_state(tmp_path, MESH)
+        load_state(tmp_path)
 
 
 def killed_at(call, function):
@@ -360,14 +373,20 @@ def killed_at(call, function):
 
                 return step
 
-            whole_file = counted(checkpoint.save_file)
+            def torn(write):
+                whole_file = counted(write)
 
-            def torn_file(tensors, path, *args):
-                Path(path).write_bytes(bytes(100))
-                whole_file(tensors, path, *args)
+                def torn_file(tensors, path, *args):
+                    Path(path).write_bytes(bytes(100))
+                    return whole_file(tensors, path, *args)
 
-            checkpoint.save_file = counted(torn_file)
-            checkpoint.write_json, files.flush = counted(checkpoint.write_json), counted(files.flush)
+                return counted(torn_file)
+
+            checkpoint.save_file = torn(checkpoint.save_file)
+            training_state.write_tensors = torn(training_state.write_tensors)
+            for module in (checkpoint, training_state):
+                module.write_json = counted(module.write_json)
+            files.flush = training_state.flush = counted(files.flush)
             os.rename, os.unlink, os.rmdir = counted(os.rename), counted(os.unlink), counted(os.rmdir)
             function()
         finally:
@@ -439,12 +458,12 @@ def test_kill_at_any_moment_of_a_save_leaves_an_intact_state(again, tmp_path):
         killed = killed_at(call, lambda folder=folder: save(folder, step, offset=offset))
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # nothing may look complete and be damaged
-            saved = load_training_state(folder, MESH)
+            saved = load_state(folder)
         is_new = torch.equal(saved[0]["policy.b"], state_of(step, offset)["policy.b"])
         assert_is_state(saved, step if is_new else 2, offset if is_new else 0.0)
         outcomes.append(is_new)
         save(folder, 4)
-        assert_is_state(load_training_state(folder, MESH), 4)
+        assert_is_state(load_state(folder), 4)
         assert names_in(folder) == [f"step-{3 if is_new and not again else 2}", "step-4"]
         if not killed:
             break
@@ -467,16 +486,16 @@ def save_without_space(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     names = names_in(folder)
     mesh.barrier()
-    assert_is_state(load_training_state(folder, mesh), 1)
+    assert_is_state(load_state(folder, mesh), 1)
     save(folder, 3, mesh=mesh)
-    assert_is_state(load_training_state(folder, mesh), 3)
+    assert_is_state(load_state(folder, mesh), 3)
     mesh.barrier()
     if mesh.is_logger:
-        flip_byte(folder / "step-3/state.safetensors")
+        flip_byte(folder / "step-3/rank-1.safetensors")
     mesh.barrier()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        assert_is_state(load_training_state(folder, mesh), 1)
+        assert_is_state(load_state(folder, mesh), 1)
     return message, names, len(warned)
 
 

@@ -23,6 +23,7 @@ from parallel.run import launch
 from tasks.random_walks import make_tokenizer
 from tests.ranks import run_ranks
 from tests.scripts import assert_explained, make_tiny_model, read_rows, run, start, states_of, without_times
+from tests.states import read_state
 from tests.test_generation import CONFIG
 from tests.test_scripts import kill_when
 
@@ -373,7 +374,7 @@ def test_targets_are_synchronised_in_optimizer_steps(tiny, tmp_path):
     flags += ("--target-sync-steps", 3, "--target-update-rate", 1, "--output-dir", tmp_path / "run")
     status, _, err = run("ilql.py", *flags, cwd=tmp_path)
     assert status == 0, err
-    sixth, seventh = (load_file(tmp_path / f"run/checkpoints/step-{step}/state.safetensors") for step in (6, 7))
+    sixth, seventh = (read_state(tmp_path / f"run/checkpoints/step-{step}") for step in (6, 7))
     names = [name for name in sixth if name.startswith("q_heads.") and "|" not in name]
     assert len(names) == 8
     for name in names:
@@ -420,7 +421,7 @@ def test_a_run_with_other_heads_is_not_gone_on_with(tiny, tmp_path, monkeypatch,
     run_here(monkeypatch, tmp_path, *flags)
     with pytest.raises(SystemExit):
         run_here(monkeypatch, tmp_path, *flags[:-1], 2, "--resume", "--allow-change", "num-q-heads")
-    assert "the checkpoint has no tensor target_q_heads.1.inner_weight" in capfd.readouterr().err
+    assert "the checkpoint has no tensor q_heads.1.inner_weight" in capfd.readouterr().err
 
 
 def test_a_failing_reward_leaves_the_run_that_it_was_to_replace(tiny, tmp_path, monkeypatch, capfd):

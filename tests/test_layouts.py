@@ -29,9 +29,11 @@ from parallel.pipeline import Walk, forward_backward
 from parallel.reshard import Shards, rollout_weights
 from parallel.reward import save_reward_model
 from parallel.tensor import Placement, fill_local, padded_vocab_size, placements
+from parallel.training_state import load_training_state, save_training_state
 from tasks.random_walks import make_tokenizer
 from tests.ranks import run_ranks
 from tests.scripts import make_tiny_model, read_rows, run
+from tests.states import full_tensors
 
 VOCAB = 131  # divides by nothing
 SIZES = dict(vocab_size=VOCAB, num_hidden_layers=2, hidden_size=48, num_attention_heads=8, max_position_embeddings=64)
@@ -161,7 +163,7 @@ def step(*args):
     gradients = {}  # shared out, they are put together on the first replica alone
     for unit in model.units:
         flat = unit.own(unit.flat_grad) if unit.zero else unit.flat_grad
-        gradients |= {(unit.name, name): x.clone() for name, x in unit.full_tensors(flat).items()}
+        gradients |= {(unit.name, name): x.clone() for name, x in full_tensors(unit, flat).items()}
     of_stages = model.mesh.gather_objects(gradients, "pp")
     gradients = {name: x for of_stage in reversed(of_stages) for name, x in of_stage.items()}
     for of_stage in of_stages:
@@ -414,7 +416,7 @@ def step_with_pipeline_bug(bug):
         model, _, norm = half_step("gpt2", script, "float64", layout, 1, 5)
     gradients = {}
     for unit in model.units:
-        gradients |= unit.full_tensors(unit.own(unit.flat_grad) if unit.zero else unit.flat_grad)
+        gradients |= full_tensors(unit, unit.own(unit.flat_grad) if unit.zero else unit.flat_grad)
     return norm, gradients
 
 
@@ -446,7 +448,7 @@ def unequal_step(layout, counts):
     gradients = {}
     for unit in model.units:
         flat = unit.own(unit.flat_grad) if unit.zero else unit.flat_grad
-        gradients |= {name: x.clone() for name, x in unit.full_tensors(flat).items()}
+        gradients |= {name: x.clone() for name, x in full_tensors(unit, flat).items()}
     return metrics["loss"], gradients
 
 
@@ -549,8 +551,8 @@ def test_folders_are_read_and_written_in_parts(case, tmp_path):
     assert one.keys() == four.keys() and all(torch.equal(one[name], four[name]) for name in one)
 
 
-def train_a_little(case, layout, tensors, num_steps):
-    """State after some steps from `tensors` on (None: from the start), and the loss of each step."""
+def train_a_little(case, layout, num_steps, folder, resume=False):
+    """Loss of each step from the checkpoint in a folder, or from the start; then there is one of the end."""
     mesh = init_mesh(layout)
     config = config_from_hf(CASES[case], "test")[0]
     roles, microbatches, loss_fn = make_ilql(config, mesh, torch.float32, 4)
@@ -558,30 +560,33 @@ def train_a_little(case, layout, tensors, num_steps):
         draw(module, mesh)
     model = data_parallel(roles, mesh, layout)
     optimizer = AdamW(model, lr=1e-3, weight_decay=0.1)
-    if tensors is not None:
-        model.load_state_dict(tensors)
-        optimizer.load_state_dict(tensors)
+    stored = [*model.pieces(), *optimizer.pieces()]
+    if resume:
+        load_training_state(folder, stored, mesh)
     microbatches, losses = list(microbatches), []
     for _ in range(num_steps):
         model.zero_grad()
         losses.append(forward_backward(model, microbatches, loss_fn)["loss"])
         clip_grad_norm(model, 1.0, mesh)
         optimizer.step()
-    return {name: x.clone() for name, x in {**model.state_dict(), **optimizer.state_dict()}.items()}, losses
+    if not resume:
+        save_training_state(folder, num_steps, stored, {}, 1, mesh)
+    return losses
 
 
 @pytest.mark.parametrize("case", ["gpt2", "qwen3"])
-def test_state_goes_on_under_another_layout(case):
+def test_state_goes_on_under_another_layout(case, tmp_path):
     """Three steps on one process, the next twenty on it and, from its state, on others, and back."""
     layouts = {2: Layout(tp=2), 4: Layout(tp=4, sequence_parallel=False)}
-    start, _ = train_a_little(case, Layout(), None, 3)
-    _, expected = train_a_little(case, Layout(), start, 20)
+    train_a_little(case, Layout(), 3, tmp_path / "one")
+    expected = train_a_little(case, Layout(), 20, tmp_path / "one", True)
     for ranks, layout in layouts.items():
-        for _, losses in run_ranks(ranks, train_a_little, case, layout, start, 20):
+        for losses in run_ranks(ranks, train_a_little, case, layout, 20, tmp_path / "one", True):
             assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
-        state, _ = run_ranks(ranks, train_a_little, case, layout, None, 3)[0]
-        assert state.keys() == start.keys()
-        assert train_a_little(case, Layout(), state, 20)[1] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        folder = tmp_path / f"{ranks} ranks"
+        run_ranks(ranks, train_a_little, case, layout, 3, folder)
+        losses = train_a_little(case, Layout(), 20, folder, True)
+        assert losses == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_vocabulary_is_padded_for_every_shard():

@@ -12,7 +12,9 @@ from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm, lr_multiplier, sum_of_squares
 from parallel.pipeline import forward_backward
+from parallel.training_state import load_training_state, save_training_state
 from tests.ranks import run_ranks
+from tests.states import assert_equal_states, full_state, read_state
 
 BETAS, EPS = (0.9, 0.95), 1e-8
 
@@ -101,7 +103,7 @@ def test_bfloat16_parameters_follow_a_float32_master():
                 w -= 1e-3 * 0.1 * w
             corrected = (v[name] / (1 - BETAS[1] ** step)).sqrt() + EPS
             w -= 1e-3 * m[name] / (1 - BETAS[0] ** step) / corrected
-    saved = optimizer.state_dict()
+    saved = full_state(model, optimizer)
     for name, p in model.named_parameters():
         if p.dtype == torch.bfloat16:
             torch.testing.assert_close(saved[f"{name}|master"], masters[name], rtol=1e-6, atol=1e-6)
@@ -112,7 +114,7 @@ def test_bfloat16_parameters_follow_a_float32_master():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_continued_run_is_bit_identical(dtype):
+def test_continued_run_is_bit_identical(dtype, tmp_path):
     def run(model, optimizer, steps):
         for step in steps:
             set_gradients(model, step)
@@ -122,27 +124,17 @@ def test_continued_run_is_bit_identical(dtype):
     model = make_model(dtype)
     optimizer = AdamW(model, 1e-2, weight_decay=0.1)
     run(model, optimizer, range(4))
-    saved = {name: tensor.clone() for name, tensor in (model.state_dict() | optimizer.state_dict()).items()}
-    assert {"policy.0.weight", "policy.0.weight|m", "policy.0.weight|v", "value_head.bias|m"} <= saved.keys()
+    stored = [*model.pieces(), *optimizer.pieces()]
+    save_training_state(tmp_path, 4, stored, {}, 1, model.mesh)
+    names = {"policy.0.weight", "policy.0.weight|m", "policy.0.weight|v", "value_head.bias|m"}
+    assert names <= read_state(tmp_path / "step-4").keys()
     run(model, optimizer, range(4, 9))
     resumed = make_model(dtype)
     resumed_optimizer = AdamW(resumed, 1e-2, weight_decay=0.1)
     run(resumed, resumed_optimizer, range(2))
-    resumed.load_state_dict(saved)
-    resumed_optimizer.load_state_dict(saved)
+    load_training_state(tmp_path, [*resumed.pieces(), *resumed_optimizer.pieces()], model.mesh)
     run(resumed, resumed_optimizer, range(4, 9))
-    expected = model.state_dict() | optimizer.state_dict()
-    for name, tensor in (resumed.state_dict() | resumed_optimizer.state_dict()).items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-def test_load_rejects_state_of_another_model():
-    optimizer = AdamW(make_model(), 1e-2)
-    saved = optimizer.state_dict()
-    with pytest.raises(ValueError, match=r"no tensor policy.3.bias\|v"):
-        optimizer.load_state_dict({name: x for name, x in saved.items() if name != "policy.3.bias|v"})
-    with pytest.raises(ValueError, match=r"policy.3.bias\|m is \[6\] in the checkpoint but \[5\] here"):
-        optimizer.load_state_dict(saved | {"policy.3.bias|m": torch.zeros(6)})
+    assert_equal_states(full_state(resumed, resumed_optimizer), full_state(model, optimizer))
 
 
 def test_adamw_rejects_role_without_learning_rate():

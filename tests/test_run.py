@@ -19,10 +19,10 @@ import torch
 
 import ppo
 import sft
-from parallel.checkpoint import save_training_state
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import Optim
 from parallel.run import Run, draw_curves, flat_flags, format_table, launch
+from parallel.training_state import save_training_state
 from tests.ranks import run_ranks
 from tests.scripts import start
 
@@ -64,9 +64,9 @@ class Args:
 def main(args):
     mesh = init_mesh(args.layout)
     run = Run("count", args, mesh)
-    saved = run.load_checkpoint()
+    saved = run.load_checkpoint([])
     run.describe([("pid", str(os.getpid()))])
-    iteration = saved[1]["step"] if saved else 0
+    iteration = saved["step"] if saved else 0
     while iteration < args.max_iterations and not run.stop_requested():
         iteration += 1
         time.sleep(args.pause)
@@ -75,7 +75,7 @@ def main(args):
         mesh.sum(1.0, "dp")
         run.log({"event": "train", "iteration": iteration, "score": 1 / iteration})
         run.progress(iteration, args.max_iterations, {"score": f"{1 / iteration:.3f}"})
-    save_training_state(run.folder / "checkpoints", iteration, {}, {}, keep=2, mesh=mesh)
+    save_training_state(run.folder / "checkpoints", iteration, [], {}, keep=2, mesh=mesh)
     run.curves()
     run.finish()
     mesh.close()

@@ -17,6 +17,7 @@ import ppo
 from parallel.run import launch
 from tasks.random_walks import make_tokenizer
 from tests.scripts import ROOT, TINY_GPT2, assert_explained, make_tiny_model, read_rows, run, start, without_times
+from tests.states import read_state
 
 SHORT = ("--batch-size", 16, "--minibatch-size", 8, "--microbatch-size", 4, "--eval-samples", 20, "--eval-every", 4)
 
@@ -217,7 +218,7 @@ def final_state(folder):
     """Tensors of the last checkpoint, and rows without times."""
     last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
     return (
-        load_file(last / "state.safetensors"),
+        read_state(last),
         without_times(read_rows(folder)),
         without_times(read_rows(folder, "eval")),
     )
@@ -293,7 +294,7 @@ def test_sigterm_saves_and_the_run_goes_on(tiny, undisturbed, tmp_path):
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(tiny, undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    state = tmp_path / "run/checkpoints/step-6/state.safetensors"
+    state = tmp_path / "run/checkpoints/step-6/rank-0.safetensors"
     state.write_bytes(state.read_bytes()[:-100])
     flags = ("--model", tiny, "--output-dir", tmp_path / "run", *PPO_FLAGS, "--resume")
     status, out, err = run("ppo.py", *flags, cwd=tmp_path)

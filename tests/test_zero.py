@@ -19,8 +19,10 @@ from parallel.model import Decoder, DecoderConfig
 from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
 from parallel.reshard import rollout_weights
+from parallel.training_state import load_training_state, save_training_state
 from tests.ranks import run_ranks
 from tests.scripts import make_tiny_model, read_rows, run, without_times
+from tests.states import read_state
 from tests.test_data_parallel import GRAD_BARS, assert_gradients_close
 from tests.test_model import CASES
 from tests.zero_models import LiveBytes, make_loss, make_microbatches, make_roles, train, unpacked
@@ -321,15 +323,15 @@ def test_peak_of_zero_3_is_bounded(size, recompute):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_on(config, layout, dtype, num_steps, saved=None):
-    """Steps from a checkpoint or the beginning: losses, and rank 0's checkpoint."""
+def run_on(config, layout, dtype, num_steps, folder, resume=False):
+    """Losses of steps from the checkpoint in a folder, or from the beginning; afterwards there is one of the end."""
     mesh = init_mesh()
     roles = make_roles(config, mesh, dtype)
     model = data_parallel(roles, mesh, layout)
     optimizer = AdamW(model, 1e-3, weight_decay=0.1)
-    if saved is not None:
-        model.load_state_dict(saved)
-        optimizer.load_state_dict(saved)
+    stored = [*model.pieces(), *optimizer.pieces()]
+    if resume:
+        load_training_state(folder, stored, mesh)
     losses = []
     for _ in range(num_steps):
         microbatches, num_tokens = make_microbatches(mesh, int(optimizer.steps), 1, config.vocab_size)
@@ -337,8 +339,8 @@ def run_on(config, layout, dtype, num_steps, saved=None):
         losses.append(forward_backward(model, microbatches, make_loss(roles, num_tokens))["loss"])
         clip_grad_norm(model, 0.05, mesh)
         optimizer.step()
-    saved = {**model.state_dict(), **optimizer.state_dict()}
-    return losses, {name: x.clone() for name, x in saved.items()} if mesh.is_logger else None
+    save_training_state(folder, int(optimizer.steps), stored, {}, 9, mesh)
+    return losses
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -347,34 +349,19 @@ def run_on(config, layout, dtype, num_steps, saved=None):
     [((2, 3), (1, 0)), ((1, 0), (2, 3)), ((4, 3), (2, 1)), ((2, 2), (4, 3)), ((2, 3), (2, 3)), ((2, 1), (2, 3))],
     ids=str,
 )
-def test_checkpoint_goes_on_under_another_layout(first, second, dtype):
+def test_checkpoint_goes_on_under_another_layout(first, second, dtype, tmp_path):
     """(ranks, zero) -> (ranks, zero): equal losses, and equal bits where the ranks stay the same."""
     (size, zero), (other_size, other_zero) = first, second
-    expected, straight = run_ranks(size, run_on, LLAMA, Layout(zero=zero), dtype, 4)[0]
-    _, saved = run_ranks(size, run_on, LLAMA, Layout(zero=zero), dtype, 2)[0]
-    for losses, final in run_ranks(other_size, run_on, LLAMA, Layout(zero=other_zero), dtype, 2, saved):
+    expected = run_ranks(size, run_on, LLAMA, Layout(zero=zero), dtype, 4, tmp_path / "straight")[0]
+    run_ranks(size, run_on, LLAMA, Layout(zero=zero), dtype, 2, tmp_path / "run")
+    for losses in run_ranks(other_size, run_on, LLAMA, Layout(zero=other_zero), dtype, 2, tmp_path / "run", True):
         if size == other_size:
             assert losses == expected[2:]
         else:
             assert losses == pytest.approx(expected[2:], rel=1e-6 if dtype == torch.float32 else 2e-2)
-        if final is not None:
-            assert {name: x.shape for name, x in final.items()} == {name: x.shape for name, x in straight.items()}
-            assert size != other_size or all(torch.equal(x, straight[name]) for name, x in final.items())
-
-
-def bad_checkpoint(zero):
-    mesh = init_mesh()
-    model = data_parallel(make_roles(LLAMA, mesh, torch.float32), mesh, Layout(zero=zero))
-    saved = mesh.broadcast_object({name: x.clone() for name, x in model.state_dict().items()})
-    model.load_state_dict(saved)
-    with pytest.raises(ValueError, match="no tensor policy.final_norm.weight"):
-        model.load_state_dict({name: x for name, x in saved.items() if name != "policy.final_norm.weight"})
-    with pytest.raises(ValueError, match=r"value_head.weight is \[2, 12\] in the checkpoint but \[1, 72\] here"):
-        model.load_state_dict(saved | {"value_head.weight": torch.ones(2, 12)})
-
-
-def test_sharded_model_rejects_checkpoint_of_another():
-    run_ranks(2, bad_checkpoint, 3)
+    final, straight = (read_state(tmp_path / name / "step-4") for name in ("run", "straight"))
+    assert {name: x.shape for name, x in final.items()} == {name: x.shape for name, x in straight.items()}
+    assert size != other_size or all(torch.equal(x, straight[name]) for name, x in final.items())
 
 
 PROMPTS = [[5, 6, 7], [8, 9], [10] * 5, [11, 12]]

@@ -13,6 +13,7 @@ from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, DecoderConfig
 from parallel.pipeline import forward_backward
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
+from tests.states import full_tensors
 
 
 def make_config(num_layers, hidden_size, vocab_size=512, seq_len=128):
@@ -148,7 +149,7 @@ def against_dtensor(config, num_rows):
         """Largest difference of a gradient, relative to the largest entry of that parameter's."""
         ours = {}
         for unit in model.units:
-            ours |= unit.full_tensors(unit.flat_grad)
+            ours |= full_tensors(unit, unit.flat_grad)
         ours = {name.partition(".")[2]: x for name, x in ours.items()}
         worst = 0.0
         for name, parameter in theirs.named_parameters():
