@@ -539,16 +539,18 @@ def matrix_entries(decoder):
 
 @pytest.mark.parametrize("case", CASES)
 def test_folders_are_read_and_written_in_parts(case, tmp_path):
-    """What four ranks write is what they read, and each held a quarter of the matrices."""
+    """What several ranks write is what they read, and each held its part of the matrices."""
     decoder = Decoder(config_from_hf(CASES[case], "test")[0], init_mesh())
     decoder.hf_config = {**CASES[case], "architectures": ["x"]}
     draw(decoder, init_mesh())
     save_decoder(decoder, tmp_path / "one", init_mesh())
-    found = run_ranks(4, load_and_save, tmp_path / "one", tmp_path / "four", Layout(tp=4))
-    for num_parameters, held in found:
-        assert num_parameters == decoder.num_parameters and held < 0.3 * matrix_entries(decoder)
-    one, four = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "four"))
-    assert one.keys() == four.keys() and all(torch.equal(one[name], four[name]) for name in one)
+    for layout, share in ((Layout(tp=4), 0.25), (Layout(pp=2), 0.5), (Layout(pp=2, tp=2), 0.25)):
+        ranks = 2 if share == 0.5 else 4
+        found = run_ranks(ranks, load_and_save, tmp_path / "one", tmp_path / show(layout), layout)
+        for num_parameters, held in found:
+            assert num_parameters == decoder.num_parameters and held < share * 1.2 * matrix_entries(decoder)
+        one, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("one", show(layout)))
+        assert one.keys() == parts.keys() and all(torch.equal(one[name], parts[name]) for name in one)
 
 
 def train_a_little(case, layout, num_steps, folder, resume=False):
@@ -577,13 +579,14 @@ def train_a_little(case, layout, num_steps, folder, resume=False):
 @pytest.mark.parametrize("case", ["gpt2", "qwen3"])
 def test_state_goes_on_under_another_layout(case, tmp_path):
     """Three steps on one process, the next twenty on it and, from its state, on others, and back."""
-    layouts = {2: Layout(tp=2), 4: Layout(tp=4, sequence_parallel=False)}
+    layouts = [(2, Layout(tp=2)), (4, Layout(tp=4, sequence_parallel=False))]
+    layouts += [(2, Layout(pp=2)), (4, Layout(pp=2, tp=2)), (4, Layout(pp=2, zero=3))]
     train_a_little(case, Layout(), 3, tmp_path / "one")
     expected = train_a_little(case, Layout(), 20, tmp_path / "one", True)
-    for ranks, layout in layouts.items():
+    for ranks, layout in layouts:
         for losses in run_ranks(ranks, train_a_little, case, layout, 20, tmp_path / "one", True):
             assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
-        folder = tmp_path / f"{ranks} ranks"
+        folder = tmp_path / show(layout)
         run_ranks(ranks, train_a_little, case, layout, 3, folder)
         losses = train_a_little(case, Layout(), 20, folder, True)
         assert losses == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -622,15 +625,23 @@ VARYING = re.compile("seconds|tokens_per_second|rollout_mismatch|log_ratio")
 
 @pytest.mark.parametrize("script", SHORT)
 def test_scripts_run_alike_under_another_layout(script, tmp_path):
-    """Rows of metrics and the trained model of one process, of two ranks and of two times two."""
+    """Rows of metrics and the trained model of one process and of several; ppo.py through stages in both ways."""
     model = make_tiny_model(tmp_path / "tiny")
     (tmp_path / "mine.py").write_text(COUNTED_REWARD)
     flags = ["--model", model, *SHORT[script]]
     flags += ["--reward", "mine.py:reward"] if script in ("ppo", "ilql") else []
     flags += ["--max-iterations", 2, "--eval-every", 2] if script == "ppo" else ["--eval-every", 4]
-    layouts = {"one": (1, ()), "tp": (2, ("--layout.tp", 2)), "both": (4, ("--layout.tp", 2))}
+    layouts = {
+        "one": (1, ()),
+        "tp": (2, ("--layout.tp", 2)),
+        "pp": (2, ("--layout.pp", 2, "--layout.rollout", "folded")),
+    }
+    if script == "ppo":
+        layouts["both"] = 4, ("--layout.tp", 2)
+        layouts["all"] = 8, ("--layout.tp", 2, "--layout.pp", 2, "--layout.zero", 1, "--layout.rollout", "rotation")
+    callers = {"one": {0}, "tp": {0}, "pp": {0, 1}, "both": {0, 2}, "all": {0, 2}}  # of the reward
     runs = {}
-    for name, (ranks, layout) in layouts.items() if script == "ppo" else list(layouts.items())[:2]:
+    for name, (ranks, layout) in layouts.items():
         status, out, err = run(f"{script}.py", *flags, *layout, "--output-dir", name, cwd=tmp_path, ranks=ranks)
         assert status == 0, err
         runs[name] = read_rows(tmp_path / name) + read_rows(tmp_path / name, "eval")
@@ -638,7 +649,7 @@ def test_scripts_run_alike_under_another_layout(script, tmp_path):
         if script == "ppo":
             calls = [tuple(map(int, line.split())) for line in (tmp_path / "calls.txt").read_text().splitlines()]
             (tmp_path / "calls.txt").unlink()
-            assert {rank for rank, _ in calls} == {"one": {0}, "tp": {0}, "both": {0, 2}}[name]
+            assert {rank for rank, _ in calls} == callers[name]
             assert sum(number for _, number in calls) == 2 * (20 + 20) + 2 * 16
     *expected_rows, expected_weights = runs.pop("one")
     for *rows, weights in runs.values():
@@ -660,11 +671,16 @@ def test_a_divided_reward_model_scores_alike(tmp_path):
     save_reward_model(decoder, head, tmp_path / "rm", mesh, make_tokenizer(), 0.1)
     flags = ("--model", model, "--reward", "rm", "--value-model", "rm", "--value-lr", 1e-3, *SHORT["ppo"])
     rows = []
-    for ranks in (1, 2):
-        layout = ("--layout.tp", ranks, "--max-iterations", 2, "--output-dir", f"run-{ranks}")
-        status, _, err = run("ppo.py", *flags, *layout, cwd=tmp_path, ranks=ranks)
+    for name, ranks, layout in (
+        ("one", 1, ()),
+        ("tp", 2, ("--layout.tp", 2)),
+        ("pp", 2, ("--layout.pp", 2, "--layout.rollout", "rotation")),
+    ):
+        where = (*layout, "--max-iterations", 2, "--output-dir", name)
+        status, _, err = run("ppo.py", *flags, *where, cwd=tmp_path, ranks=ranks)
         assert status == 0, err
-        rows.append([(x["score"], x["value_loss"], x["rollout_hash"]) for x in read_rows(tmp_path / f"run-{ranks}")])
+        rows.append([(x["score"], x["value_loss"], x["rollout_hash"]) for x in read_rows(tmp_path / name)])
     assert rows[0][-1][0] != rows[0][0][0]
-    for one, two in zip(*rows, strict=True):
-        assert one == pytest.approx(two, rel=1e-5)
+    for one, *others in zip(*rows, strict=True):
+        for other in others:
+            assert one == pytest.approx(other, rel=1e-5)
