@@ -82,6 +82,7 @@ class Unit:
             view = self.view(self.flat, i)
             view.copy_(parameter.data)
             parameter.data = view
+        self.is_offloaded = False
         self.full: Tensor | None = None  # under zero 3: what the parameters view, with storage only while in use
         self.gathering: Pending | None = None
         self.flat_grad: Tensor | None = None  # None if frozen
@@ -179,9 +180,14 @@ class Unit:
 
     # --- zero 3: whole only while in use ---
 
-    def shard(self) -> None:
-        """Keeps this rank's part of the weights. The parameters stay what they are, views of a storage now empty."""
-        self.full, self.flat = self.flat, self.flat[self.part].clone()
+    def shard(self, offload: bool = False) -> None:
+        """Keeps this rank's part of the weights, offloaded in the host's memory.
+
+        The parameters stay what they are, views of a storage now empty.
+        """
+        self.full, part = self.flat, self.flat[self.part]
+        self.flat = on_host(part) if offload else part.clone()
+        self.is_offloaded = offload
         self.free()
 
     @property
@@ -191,7 +197,11 @@ class Unit:
     def start_gather(self) -> None:
         if not self.is_whole:
             self.full.untyped_storage().resize_(self.full.nbytes)
-            self.gathering = all_gather_async_(self.full, self.flat, self.dp)
+            part = self.flat
+            if self.is_offloaded:
+                part = self.full[self.part]
+                part.copy_(self.flat, non_blocking=True)
+            self.gathering = all_gather_async_(self.full, part, self.dp)
 
     def finish_gather(self) -> None:
         if self.gathering is not None:
@@ -218,7 +228,7 @@ class DataParallel:
     """
 
     def __init__(self, roles: dict[str, nn.Module], mesh: Mesh, layout: Layout):
-        self.roles, self.mesh = roles, mesh
+        self.roles, self.mesh, self.layout = roles, mesh, layout
         self.decoders = {  # those that train, stage by stage: what `forward_backward` runs
             role: module
             for role, module in roles.items()
@@ -240,13 +250,14 @@ class DataParallel:
             if isinstance(module, Decoder):
                 module.recompute = layout.recompute
                 units = [unit for unit in self.units if unit.name.partition(".")[0] == role]
-                if mesh.pp.size > 1 and role not in self.decoders:
+                offload = role not in self.decoders and "frozen" in layout.offload
+                if offload or (role not in self.decoders and mesh.pp.size > 1):
                     for unit in units:  # not pipelined: a copy of all layers on every stage would be too much
                         unit.zero = 3
                 if any(unit.zero == 3 for unit in units):
                     for unit in units:
                         if unit.zero == 3:
-                            unit.shard()
+                            unit.shard(offload)
                     module.shards = Shards(role, module, units, self._whole)
         for unit in self._order:
             unit.allocate_gradients()
@@ -378,6 +389,11 @@ def sum_partial_gradients(unit: Unit) -> None:
     all_reduce_(total, unit.tp)
     for view, place, x, summed in zip(views, places, wide, total.split([x.numel() for x in wide]), strict=True):
         view.copy_(summed.view_as(x)[place])
+
+
+def on_host(x: Tensor) -> Tensor:
+    """A copy in the host's memory, from where a GPU can read it while it works."""
+    return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
 
 
 def data_parallel(roles: dict[str, nn.Module], mesh: Mesh, layout: Layout) -> DataParallel:

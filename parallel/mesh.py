@@ -49,6 +49,8 @@ class Layout:
     """what the replicas share out: 1 optimizer state, 2 gradients too, 3 weights too (Rajbhandari 2019, 1910.02054)"""
     recompute: Literal["none", "selective", "full"] = "none"
     """what a backward computes again: nothing, norms and activation functions, or layers from their inputs"""
+    offload: tuple[Literal["optimizer", "frozen"], ...] = ()
+    """what lies in the host's memory: the optimizer's state, which then steps there; weights of frozen models"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """type in which gradients are summed over the replicas; bfloat16 halves the traffic and rounds"""
     rollout: Literal["auto", "folded", "rotation"] = "auto"

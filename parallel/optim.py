@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import RankError, all_gather, all_gather_async_
-from parallel.data_parallel import DataParallel, Unit, describe_nonfinite
+from parallel.data_parallel import DataParallel, Unit, describe_nonfinite, on_host
 from parallel.mesh import Mesh
 from parallel.training_state import Piece
 
@@ -100,7 +100,8 @@ class AdamW:
         w <- w - lr weight_decay w - lr m' / (sqrt(v') + eps)
 
     The master copy of bfloat16 parameters, m and v are float32; float32 and float64 parameters are their own master.
-    From zero 1 on a rank steps over its part of each unit and holds state for that alone.
+    From zero 1 on a rank steps over its part of each unit and holds state for that alone. Offloaded, all this lies in
+    the host's memory, where gradients come and the steps are made; what stays on the device is weights and gradients.
     Args: lr: one for all, or one for each role that has trainable parameters.
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
     """
@@ -120,19 +121,24 @@ class AdamW:
         missing = sorted(set(self.roles.values()) - set(self.lr))
         if missing:
             raise ValueError(f"no learning rate for {', '.join(missing)}, which has trainable parameters")
-        self.steps = torch.zeros((), dtype=torch.float32, device=model.mesh.device)  # taken
+        self.offload = "optimizer" in model.layout.offload
+        device = torch.device("cpu") if self.offload else model.mesh.device
+        self.steps = torch.zeros((), dtype=torch.float32, device=device)  # taken
         self.num_skipped = torch.zeros(())  # in a row, until now
         self.state: dict[Unit, dict[str, Tensor]] = {}
         self._weights: dict[Unit, Tensor] = {}  # what this rank steps over of each unit's `flat`
+        self._grads: dict[Unit, tuple[Tensor, Tensor]] = {}  # gradients of that, and where the step reads them
         self._groups: dict[tuple, list[list[Tensor]]] = {}  # (role, decay, dtype) -> weights, gradients, m, v
         for unit in self.units:
             flat, grad, decayed = unit.flat, unit.flat_grad, unit.num_decayed if weight_decay else 0
             if unit.zero:
                 flat, grad = unit.own(flat), unit.own(grad)
                 decayed = min(max(decayed - unit.part.start, 0), grad.numel())
-            master = flat if flat.dtype == grad.dtype else flat.to(grad.dtype)
+            source, master = grad, flat if flat.dtype == grad.dtype else flat.to(grad.dtype)
+            if self.offload:
+                grad, master = on_host(grad), on_host(master)
             self.state[unit] = {"master": master, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
-            self._weights[unit] = flat
+            self._weights[unit], self._grads[unit] = flat, (source, grad)
             tensors = [master, grad, self.state[unit]["m"], self.state[unit]["v"]]
             for decay, part in ((weight_decay, slice(decayed)), (0.0, slice(decayed, None))):
                 if grad[part].numel():
@@ -159,6 +165,9 @@ class AdamW:
         divisor = None
         if model.grad_divisor > 1:
             divisor = torch.tensor(model.grad_divisor, dtype=torch.float32, device=self.steps.device)
+        stepped = [unit for unit in self.units if self.roles[unit] not in frozen]
+        if self.offload:
+            self._fetch(stepped)
         for (role, decay, _), (weights, grads, m, v) in self._groups.items():
             if role in frozen:
                 continue
@@ -178,15 +187,24 @@ class AdamW:
                 maximize=False,
                 grad_scale=divisor,
             )
-        stepped = [unit for unit in self.units if self.roles[unit] not in frozen]
         for unit in stepped:
             if self.state[unit]["master"] is not self._weights[unit]:
-                self._weights[unit].copy_(self.state[unit]["master"])
+                self._weights[unit].copy_(self.state[unit]["master"], non_blocking=True)
         gathers = [all_gather_async_(u.flat, self._weights[u], u.dp) for u in stepped if u.zero and u.full is None]
         for gather in gathers:
             gather.wait()
         model.grad_norm = None
         return True
+
+    def _fetch(self, units: list[Unit]) -> None:
+        """Gradients into the host's memory, and weights that are their own master."""
+        for unit in units:
+            source, grad = self._grads[unit]
+            grad.copy_(source, non_blocking=True)
+            if unit.flat.dtype == grad.dtype:
+                self.state[unit]["master"].copy_(self._weights[unit], non_blocking=True)
+        if self.model.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.model.mesh.device)
 
     def _skip(self) -> None:
         """Warns for the first of a row of skipped steps, ends the run with the last."""
@@ -210,5 +228,5 @@ class AdamW:
             yield Piece(f"optimizer|{name}", [], (), counter, self.model.mesh.is_logger)
         for unit, state in self.state.items():
             for key, flat in state.items():
-                if flat is not self._weights[unit]:
+                if key != "master" or flat.dtype != unit.flat.dtype:
                     yield from unit.pieces(flat, f"|{key}")

@@ -364,6 +364,35 @@ def test_checkpoint_goes_on_under_another_layout(first, second, dtype, tmp_path)
     assert size != other_size or all(torch.equal(x, straight[name]) for name, x in final.items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("zero", [0, 1, 3])
+def test_offloading_changes_no_bit(zero, dtype):
+    """Of the optimizer's state and of the reference; only on a GPU is there another memory to put them in."""
+    expected = run_ranks(2, train, LLAMA, Layout(zero=zero), dtype, 3)
+    for offload in (("optimizer",), ("frozen",), ("optimizer", "frozen")):
+        actual = run_ranks(2, train, LLAMA, Layout(zero=zero, offload=offload), dtype, 3)
+        for (_, weights, metrics, _), (_, expected_weights, expected_metrics, _) in zip(actual, expected, strict=True):
+            assert metrics == expected_metrics
+            assert all(torch.equal(x, expected_weights[name]) for name, x in weights.items())
+
+
+def offloaded_places(offload):
+    """Where optimizer state and the frozen model lie: none of it shares memory with what training holds."""
+    mesh = init_mesh()
+    roles = make_roles(LLAMA, mesh, torch.float32)
+    model = data_parallel(roles, mesh, Layout(offload=offload))
+    optimizer = AdamW(model, 1e-2)
+    own = {unit.flat.untyped_storage()._cdata for unit in model.units if unit.trainable}
+    frozen = sum(p.untyped_storage().nbytes() for p in roles["ref_policy"].parameters())
+    return frozen, any(x["master"].untyped_storage()._cdata in own for x in optimizer.state.values())
+
+
+def test_what_is_offloaded_leaves_the_device():
+    assert [frozen == 0 for frozen, _ in run_ranks(1, offloaded_places, ("frozen",))] == [True]
+    assert [shares for _, shares in run_ranks(1, offloaded_places, ())] == [True]
+    assert [shares for _, shares in run_ranks(1, offloaded_places, ("optimizer",))] == [False]
+
+
 PROMPTS = [[5, 6, 7], [8, 9], [10] * 5, [11, 12]]
 
 
