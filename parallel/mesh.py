@@ -53,6 +53,8 @@ class Layout:
     """what lies in the host's memory: the optimizer's state, which then steps there; weights of frozen models"""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """type in which gradients are summed over the replicas; bfloat16 halves the traffic and rounds"""
+    traffic: bool = False
+    """print at the end what a rank has sent, by axis and operation"""
     rollout: Literal["auto", "folded", "rotation"] = "auto"
     """generation with pp: folded = every stage has all layers meanwhile and is a replica; rotation = sequences go round
     the stages; auto = folded where the memory is there"""

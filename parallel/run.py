@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from parallel.collectives import RankError
+from parallel.collectives import RankError, traffic
 from parallel.files import on_logger
 from parallel.mesh import Layout, Mesh
 from parallel.training_state import Piece, load_training_state
@@ -389,6 +389,10 @@ class Run:
         ):
             if (self.folder / name).exists():
                 self.note(f"{what:30}{self.folder / name}")
+        if self.args.layout.traffic:
+            self.note("sent by a rank (ring algorithm), by axis and operation:")
+            for (axis, operation), nbytes in sorted(traffic().items()):
+                self.note(f"  {axis:6}{operation:16}{nbytes:>18,} bytes")
 
 
 def check_tracker(track: str) -> None:
