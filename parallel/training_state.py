@@ -235,7 +235,7 @@ def load_training_state(folder: Path, pieces: list[Piece], mesh: Mesh) -> dict |
     stored = StoredBoxes()
     on_all(lambda: stored.open(path, meta), f"{path} cannot be read here", mesh)
     stored.check_complete(path, meta["shapes"])
-    on_all(lambda: [stored.fill(piece) for piece in pieces], f"{path} cannot be read here", mesh)
+    on_all(lambda: stored.fill(pieces), f"{path} cannot be read here", mesh)
     return meta
 
 
@@ -266,13 +266,14 @@ class StoredBoxes:
                 )
 
     @torch.no_grad()
-    def fill(self, piece: Piece) -> None:
-        """Copies what the boxes share with a piece; a slice of a file is a view of it, read as it is copied."""
-        wanted = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.tensor.shape, strict=True))
-        for box, key, handle in self.of_name[piece.name]:
-            shared = intersect(wanted, box)
-            if shared is not None:
-                piece.tensor[shift(shared, wanted)].copy_(handle.get_slice(key)[shift(shared, box)])
+    def fill(self, pieces: list[Piece]) -> None:
+        """Copies what the boxes share with each piece; a slice of a file is a view of it, read as it is copied."""
+        for piece in pieces:
+            wanted = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.tensor.shape, strict=True))
+            for box, key, handle in self.of_name[piece.name]:
+                shared = intersect(wanted, box)
+                if shared is not None:
+                    piece.tensor[shift(shared, wanted)].copy_(handle.get_slice(key)[shift(shared, box)])
 
 
 def check_shapes(path: Path, stored: dict[str, list[int]], here: dict[str, list[int]]) -> None:

@@ -185,20 +185,27 @@ def anonymous_bytes():
     return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
 
 
-def peak_of_load(folder):
-    """Most anonymous memory while a decoder is loaded, as a multiple of its size."""
-    peak, done = 0, threading.Event()
+def peak_of(function):
+    """What a function returns, and the most anonymous memory while it ran, beyond what there was before."""
+    peak, done, before = 0, threading.Event(), anonymous_bytes()
 
     def watch():
         nonlocal peak
         while not done.wait(1e-3):
             peak = max(peak, anonymous_bytes())
 
-    before = anonymous_bytes()
-    threading.Thread(target=watch, daemon=True).start()
-    decoder = load(folder)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    result = function()
     done.set()
-    return (max(peak, anonymous_bytes()) - before) / sum(parameter.nbytes for parameter in decoder.parameters())
+    thread.join()
+    return result, max(peak, anonymous_bytes()) - before
+
+
+def peak_of_load(folder):
+    """Most anonymous memory while a decoder is loaded, as a multiple of its size."""
+    decoder, peak = peak_of(lambda: load(folder))
+    return peak / sum(parameter.nbytes for parameter in decoder.parameters())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

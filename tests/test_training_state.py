@@ -5,7 +5,6 @@ import json
 import math
 import multiprocessing
 import os
-import threading
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from parallel.training_state import (
 )
 from tests.ranks import run_ranks
 from tests.states import assert_equal_states, full_state, read_state
+from tests.test_checkpoint import peak_of
 from tests.zero_models import make_loss, make_microbatches, make_roles
 
 CONFIG = config_from_hf(  # two key/value heads for up to four ranks, biases, a vocabulary that divides by nothing
@@ -281,35 +281,13 @@ def save_twice(folder):
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def anonymous_bytes():
-    """Memory of this process that no file backs."""
-    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
-
-
-def peak_of(function):
-    """Most anonymous memory while a function runs, beyond what there was before."""
-    peak, done, before = 0, threading.Event(), anonymous_bytes()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(1e-3):
-            peak = max(peak, anonymous_bytes())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    function()
-    done.set()
-    thread.join()
-    return max(peak, anonymous_bytes()) - before
-
-
 def peaks_of_state(folder):
     mesh, size = init_mesh(), 1 << 20
     flat = torch.ones(64 * size)  # 256 MiB
     stored = [Piece(f"x{i}", [1024, 1024], (0, 0), flat[i * size :][:size].view(1024, 1024), True) for i in range(64)]
-    save = peak_of(lambda: save_training_state(folder, 1, stored, {}, 1, mesh))
+    _, save = peak_of(lambda: save_training_state(folder, 1, stored, {}, 1, mesh))
     halves = [Piece(x.name, x.full_shape, (o, 0), x.tensor[o : o + 512], not o) for x in stored for o in (0, 512)]
-    load = peak_of(lambda: load_training_state(folder, halves, mesh))
+    _, load = peak_of(lambda: load_training_state(folder, halves, mesh))
     return save / flat.nbytes, load / flat.nbytes
 
 
