@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import (
+    Axis,
     Pending,
     RankError,
     all_gather,
@@ -191,7 +192,7 @@ class Unit:
     def start_gather(self) -> None:
         if not self.is_whole:
             self.full.untyped_storage().resize_(self.full.nbytes)
-            self.gathering = all_gather_async_(self.full, self.flat, self.dp)
+            self.gathering = all_gather_async_(self.full, self.flat, self.dp, self.name)
 
     def finish_gather(self) -> None:
         if self.gathering is not None:
@@ -213,8 +214,8 @@ class DataParallel:
     Communication: over dp, per trainable unit, an all-reduce (zero 0) or reduce-scatter (zero 1) of gradients per step
         or a reduce-scatter per micro-batch (zero 2 and 3); the optimizer gathers updated weights (zero 1 and 2). Zero 3
         gathers each decoder's units in every forward, and layers again in the backward, so that replicas must make
-        the same passes through the same units. At construction one all-reduce of [2 * units] hashes.
-    Raises: RankError if the replicas do not begin with equal weights.
+        the same passes through the same units. At construction `check_replicas_equal`.
+    Raises: RankError if ranks do not begin with equal weights where they should.
     """
 
     def __init__(self, roles: dict[str, nn.Module], mesh: Mesh, layout: Layout):
@@ -230,8 +231,8 @@ class DataParallel:
         self._in_flight: list[Unit] = []
         self._syncing = False
         self._whole: Counter[Unit] = Counter()  # units of zero 3 that are gathered: see Shards
-        if mesh.dp.size > 1:
-            check_replicas_equal(self.units, mesh)
+        mesh.wait_for_all("the models to be read")
+        check_replicas_equal(self.units, mesh, "build every replica from the same files and the same seed")
         for role, module in roles.items():
             if isinstance(module, Decoder):
                 module.recompute = layout.recompute
@@ -337,7 +338,7 @@ class DataParallel:
         if self.reduce_in_bfloat16:
             unit.bucket = unit.bucket.bfloat16()
         reduce = reduce_scatter_async_ if self.zero else all_reduce_async_
-        unit.pending = reduce(unit.bucket, self.mesh.dp)
+        unit.pending = reduce(unit.bucket, self.mesh.dp, tag=unit.name)
         self._in_flight.append(unit)
 
     def _settle(self) -> None:
@@ -422,18 +423,49 @@ def saved_tensor(tensors: dict[str, Tensor], name: str, shape: list[int]) -> Ten
 
 
 @torch.no_grad()
-def check_replicas_equal(units: list[Unit], mesh: Mesh) -> None:
-    """Raises RankError naming the first unit whose bits are not the same on all replicas."""
-    hashes = torch.stack([_hash(unit.flat) for unit in units])  # [units]
-    bounds = torch.cat([hashes, ~hashes])  # ~ reverses the order of integers: one maximum gives both bounds
-    all_reduce_(bounds, mesh.dp, "max")
-    largest, smallest = bounds[: len(units)], ~bounds[len(units) :]
-    for unit, differs in zip(units, (largest != smallest).tolist(), strict=True):
-        if differs:
-            raise RankError(
-                f"the {mesh.dp.size} replicas begin with different weights in {unit.name} ({unit.names[0]}, ...): "
-                "build every replica from the same files and the same seed"
-            )
+def check_replicas_equal(units: list[Unit], mesh: Mesh, advice: str) -> None:
+    """Returns if weights that several ranks hold have the same bits on all of them.
+
+    Over dp those are units, unless zero 3 divides them; over tp what is replicated, and heads on several ranks.
+    Communication: one all-gather of hashes over dp and one over tp, one all-reduce of a number.
+    Raises: RankError on all ranks, naming unit or parameter and the ranks that differ, with the advice.
+    """
+    whole = [(f"{unit.name} ({unit.names[0]}, ...)", unit.flat, mesh.dp.size) for unit in units if unit.full is None]
+    found = find_difference(whole, mesh.dp)
+    found = found or find_difference([part for unit in units for part in parts_in_common(unit)], mesh.tp)
+    mesh.raise_together(None if found is None else RankError(f"{found}; {advice}"))
+
+
+def parts_in_common(unit: Unit) -> Iterator[tuple[str, Tensor, int]]:
+    """Names and weights of a unit that several ranks of tp hold, as far as this replica has them; by how many."""
+    first = 0 if unit.flat.numel() == unit.size else unit.part.start  # entry of the unit where flat begins
+    for name, offset, shape, placement in zip(unit.names, unit.offsets, unit.shapes, unit.placements, strict=True):
+        intervals = placement.shared_intervals(unit.tp.size) if placement.dim == 0 else []
+        row = shape[1:].numel()
+        parts = [(offset + start * row, offset + (start + length) * row, count) for start, length, count in intervals]
+        parts += [(offset, offset + shape.numel(), 1)] * (placement.dim is None)
+        for start, stop, count in parts:
+            yield name, unit.flat[max(start - first, 0) : max(stop - first, 0)], unit.tp.size // count
+
+
+def find_difference(parts: list[tuple[str, Tensor, int]], axis: Axis) -> str | None:
+    """What to say of the first part whose bits differ among the ranks of an axis that hold it; None if none does.
+
+    Args: parts: names, tensors, and how many neighbours hold the same.
+    """
+    if axis.size == 1 or not parts:
+        return None
+    rows = all_gather(torch.stack([_hash(x) for _, x, _ in parts])[None], axis).tolist()  # [size][parts]
+    ranks = axis.ranks or range(axis.size)
+    for i, (name, _, together) in enumerate(parts):
+        for first in range(0, axis.size, together):
+            held = {ranks[j]: rows[j][i] for j in range(first, first + together)}
+            [(most, count)] = Counter(held.values()).most_common(1)
+            if count < together:
+                wrong = [rank for rank, x in held.items() if x != most or 2 * count <= together]
+                others = "each other" if 2 * count <= together else f"the other {count}"
+                return f"weights of {name} on rank {', '.join(map(str, wrong))} differ from {others} over {axis.name}"
+    return None
 
 
 @torch.no_grad()

@@ -53,6 +53,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh, tensor
             for _ in tensors:
                 pass
 
+    mesh.at("saving")
     if not mesh.is_logger:
         for _ in tensors:
             pass
@@ -77,6 +78,7 @@ def on_logger(function: Callable[[], None], failure: str, mesh: Mesh) -> None:
             error = ValueError(f"{failure}: {caught}")
         except Exception as caught:
             error = caught
+    mesh.wait_for_all("rank 0 to read or write its files")
     mesh.raise_together(error)
 
 

@@ -6,6 +6,7 @@ neighbours. In a plain Python shell, or under a launcher that starts one process
 group exists, and all functions below are the identity.
 """
 
+import math
 import os
 import pickle
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import heartbeat, order
 from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_, groups
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # a second, dense bfloat16, by part of the GPU's name
-# A rank that does not come to a collective for so long is lost. A dead one is seen at once by its closed connections;
-# one that lives may be busy with a slow reward or a large checkpoint.
-GROUP_TIMEOUT = timedelta(minutes=30)
+# A rank that does not come to a collective for so long hangs. Start-up, loading, rewards and writing, which may take
+# longer on one rank, end in `wait_for_all`; what is left is compilation, and the pieces of one large checkpoint.
+GROUP_TIMEOUT = timedelta(minutes=10)
+START_TIMEOUT = timedelta(hours=2)  # until all processes are there, some of which may have to fetch a model
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,17 @@ class Mesh:
         rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
         raise RankError(f"rank {rank}: {message}" if self.world_size > 1 else message) from error
 
+    def at(self, phase: str, iteration: int | None = None) -> None:
+        """Notes what this rank is doing from now on, for error messages; None = still in the same iteration."""
+        heartbeat.at(phase, iteration)
+
+    def wait_for_all(self, what: str, timeout: float = math.inf) -> None:
+        """Returns when every rank has come here, one that is busy for long, too: see `heartbeat.wait_for_all`."""
+        if self.world_size > 1:
+            heartbeat.wait_for_all(what, timeout)
+
     def barrier(self) -> None:
-        """Returns when every rank has come here."""
+        """Returns when every rank has come here; one that is busy should not be long."""
         self._reduce(0.0, "world", "max")
 
     def close(self) -> None:
@@ -146,14 +158,17 @@ class Mesh:
         return total.item() if number else total.to(x.device)
 
 
-def init_mesh(layout: Layout = Layout()) -> Mesh:
+def init_mesh(layout: Layout = Layout(), config=None) -> Mesh:
     """Joins the processes that the launcher started (RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them).
 
-    Raises: ValueError if the layout does not fit the processes, or the processes do not fit the GPUs.
+    Args: config: DecoderConfig of the model to be divided, if there is one.
+    Raises: ValueError if the layout does not fit processes or model, or the processes do not fit the GPUs. No group has
+        been made then, and no rank waits for another.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_layout(layout, world_size)
+    check_layout(layout, world_size, config)
+    order.records.clear()
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if local_size > num_gpus:
@@ -168,9 +183,11 @@ def init_mesh(layout: Layout = Layout()) -> Mesh:
 
     store = None
     if world_size > 1 and not dist.is_initialized():
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=GROUP_TIMEOUT))
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
         # A launcher that restarts the ranks keeps its store: without a prefix they would read dead addresses.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        heartbeat.start(store, rank, world_size)
+        heartbeat.wait_for_all("all processes to start", START_TIMEOUT.total_seconds())
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     num_replicas = world_size // layout.tp
@@ -193,12 +210,16 @@ def make_axis(name: str, rows: list[list[int]], rank: int, store) -> Axis:
     return Axis(name, len(mine), mine.index(rank), mine if mine in groups else None, store)
 
 
-def check_layout(layout: Layout, world_size: int) -> None:
-    """Raises ValueError, with what would fit, unless the layout's axes multiply to the number of processes."""
+def check_layout(layout: Layout, world_size: int, config=None) -> None:
+    """Raises ValueError, with what would fit, unless the layout fits the number of processes and the model.
+
+    Args: config: DecoderConfig of the model; None checks the processes alone.
+    """
+    takes = "" if config is None else f" with a model of {config.describe_sizes()}"
+    fitting = [n for n in range(1, world_size + 1) if world_size % n == 0 and (config is None or config.fits_tp(n))]
     if layout.tp < 1 or world_size % layout.tp:
-        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise ValueError(
-            f"--layout.tp {layout.tp} does not divide the {world_size} processes: give one of "
+            f"--layout.tp {layout.tp} does not divide the {world_size} processes{takes}: give one of "
             f"{', '.join(map(str, fitting))}, or start torchrun --nproc-per-node {max(layout.tp, 1)}"
         )
     if layout.dp not in (0, world_size // layout.tp):
@@ -207,6 +228,11 @@ def check_layout(layout: Layout, world_size: int) -> None:
             f"--layout.dp {layout.dp} x --layout.tp {layout.tp} needs {needed} processes, but {world_size} were "
             f"started: leave --layout.dp out (or give {world_size // layout.tp}), or start torchrun "
             f"--nproc-per-node {needed}"
+        )
+    if config is not None and not config.fits_tp(layout.tp):
+        raise ValueError(
+            f"--layout.tp {layout.tp} does not divide this model's {config.describe_sizes()}: with {world_size} "
+            f"processes it takes {' or '.join(f'--layout.tp {n}' for n in fitting)}"
         )
 
 

@@ -24,6 +24,7 @@ def forward_backward(
     Returns: "loss" and every metric, summed over micro-batches and replicas (max_...: their maximum), as floats.
     """
     assert microbatches, "a replica without a micro-batch does not know the names of the metrics"
+    model.mesh.at("update")
     total: dict[str, Tensor] = {}
     for i, microbatch in enumerate(microbatches):
         loss, metrics = loss_fn(microbatch)

@@ -6,6 +6,7 @@ gives is checked before it reaches the algorithm: nonsense is an error that name
 
 import http.client
 import json
+import math
 import time
 import urllib.error
 import urllib.parse
@@ -162,17 +163,20 @@ def make_samples(generation, prompts, tokenizer, eos, stop):
     return samples
 
 
-def score_together(reward, samples, mesh):
+def score_together(reward, samples, mesh, timeout=math.inf):
     """Scores of this replica's samples; an error stops all ranks with its message.
 
     One rank of the replica asks for them, except where the reward is a model that lies on all of its ranks.
+    Args: timeout: seconds after which a rank that is still sampling or scoring stops all.
     """
     scores, error = [], None
+    mesh.at("scoring")
     try:
         if samples and (mesh.tp.rank == 0 or getattr(reward, "lies_on_all_ranks", False)):
             scores = reward(samples)
     except ValueError as caught:
         error = caught
+    mesh.wait_for_all("the scores (--rollout-timeout)", timeout)
     mesh.raise_together(error)
     return mesh.broadcast_object(scores, "tp")
 
