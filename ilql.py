@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.checkpoint import eos_ids, holds_heads, load_decoder, load_heads, save_decoder
+from parallel.checkpoint import eos_ids, holds_heads, load_decoder, load_heads, read_config, save_decoder
 from parallel.collectives import Axis
 from parallel.data import (
     check_vocabulary,
@@ -96,6 +96,8 @@ class Args:
     """begin each dialogue with the tokenizer's BOS, where it has one"""
     max_len: int = 0
     """leave longer dialogues out, in tokens; 0 = the model's context"""
+    rollout_timeout: float = 7200.0
+    """seconds that ranks wait for one that lives but is still sampling or scoring; a dead one is noticed after 60"""
     output_dir: str = ""
     """run folder; empty = the next free of runs/ilql, runs/ilql-2, ..."""
     resume: bool = False
@@ -149,7 +151,8 @@ class Args:
 
     def __post_init__(self):
         counts = "batch_size microbatch_size eval_every save_every log_every target_sync_steps"
-        check_flags(self, {1: counts, 0: "max_steps max_len eval_samples gamma cql_coef awac_coef awac_beta"})
+        zero = "max_steps max_len eval_samples gamma cql_coef awac_coef awac_beta rollout_timeout"
+        check_flags(self, {1: counts, 0: zero})
         if not 0 < self.expectile < 1:
             raise ValueError(f"--expectile {self.expectile} is not between 0 and 1; 0.5 is the mean")
         if not 0 < self.target_update_rate <= 1:
@@ -418,7 +421,7 @@ def evaluate(policy, target_q_heads, prompts, reward, args, tokenizer, eos):
             logits_fn=logits_fn if scale else None,
         )
         samples = make_samples(generation, mine, tokenizer, eos, args.sampling.stop)
-        scores = score_together(reward, samples, mesh) if reward else [math.nan] * len(samples)
+        scores = score_together(reward, samples, mesh, args.rollout_timeout) if reward else [math.nan] * len(samples)
         scores = [sum(s) if isinstance(s, list) else s for s in scores]
         lens = (generation.seq_lens - generation.prompt_lens).tolist()
         results = zip(sample_ids, samples, scores, lens, strict=True)
@@ -469,14 +472,14 @@ class Progress:
 
 
 def main(args: Args) -> None:
-    mesh = init_mesh(args.layout)
+    folder = resolve_model(args.model)
+    mesh = init_mesh(args.layout, read_config(folder), (args.batch_size, args.microbatch_size))
     run = Run("ilql", args, mesh)
     dtype = getattr(torch, args.dtype)
     if args.batch_size % mesh.dp.size:
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of {mesh.dp.size} replicas")
 
     # model: the policy, Q heads with their targets, and a value head
-    folder = resolve_model(args.model)
     tokenizer = load_tokenizer(args.tokenizer or folder)
     policy = load_decoder(folder, mesh, dtype)
     check_vocabulary(tokenizer, policy.config)
@@ -531,6 +534,7 @@ def main(args: Args) -> None:
         save_training_state(run.folder / "checkpoints", state.step, stored, meta, keep=2, mesh=mesh)
 
     def evaluate_now():
+        mesh.at("evaluation", state.step)
         with rollout_weights(policy) as sampler:
             metrics, table = evaluate(sampler, target_q_heads, eval_prompts, reward, args, tokenizer, eos)
         run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
@@ -553,6 +557,7 @@ def main(args: Args) -> None:
         mine = batch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
 
         # update
+        mesh.at("update", state.step + 1)
         model.zero_grad()
         loss_fn = partial(ilql_loss, roles=roles, target_q_heads=target_q_heads, args=args, num_actions=num_actions)
         metrics = forward_backward(model, list(make_microbatches(mine, args, mesh.device)), loss_fn)

@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallel.checkpoint import eos_ids, load_decoder, save_decoder
+from parallel.checkpoint import eos_ids, load_decoder, read_config, save_decoder
 from parallel.data import (
     check_vocabulary,
     epoch_order,
@@ -84,6 +84,8 @@ class Args:
     reward: str = "tasks.random_walks:optimality"
     """module:function or file.py:function called as reward(samples) -> list of float, an http(s) endpoint, or the
     folder of a reward model"""
+    rollout_timeout: float = 7200.0
+    """seconds that ranks wait for one that lives but is still sampling or scoring; a dead one is noticed after 60"""
     output_dir: str = ""
     """run folder; empty = the next free of runs/ppo, runs/ppo-2, ..."""
     resume: bool = False
@@ -161,7 +163,7 @@ class Args:
     def __post_init__(self):
         counts = "batch_size minibatch_size microbatch_size samples_per_prompt epochs eval_every save_every log_every"
         zero = "prompt_tokens max_iterations eval_samples value_warmup_iterations eval_temperature gamma gae_lambda"
-        zero += " clip_range value_clip_range value_coef max_kl kl_coef kl_target score_clip value_lr"
+        zero += " rollout_timeout clip_range value_clip_range value_coef max_kl kl_coef kl_target score_clip value_lr"
         check_flags(self, {1: counts, 0: zero})
         if self.kl_target and not self.kl_coef:
             raise ValueError("--kl-target steers --kl-coef by factors: with --kl-coef 0 it would stay 0")
@@ -422,7 +424,8 @@ def evaluate(policy, prompts, reward, args, tokenizer, eos):
             num_ids=len(tokenizer),
         )
         samples = make_samples(generation, mine, tokenizer, eos, args.sampling.stop)
-        scores = [sum(s) if isinstance(s, list) else s for s in score_together(reward, samples, mesh)]
+        scores = score_together(reward, samples, mesh, args.rollout_timeout)
+        scores = [sum(s) if isinstance(s, list) else s for s in scores]
         lens = (generation.seq_lens - generation.prompt_lens).tolist()
         results = zip(sample_ids, samples, scores, lens, strict=True)
         rows = [(i, s.prompt, s.response, score, s.finished, n) for i, s, score, n in results]
@@ -570,7 +573,8 @@ def make_value_function(source, policy, tokenizer, mesh, dtype):
 
 
 def main(args: Args) -> None:
-    mesh = init_mesh(args.layout)
+    folder = resolve_model(args.model)
+    mesh = init_mesh(args.layout, read_config(folder), (args.minibatch_size, args.microbatch_size))
     run = Run("ppo", args, mesh)
     dtype = getattr(torch, args.dtype)
     if args.minibatch_size % mesh.dp.size:
@@ -579,7 +583,6 @@ def main(args: Args) -> None:
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of {mesh.folded.dp.size} replicas and stages")
 
     # models: the policy, its frozen reference and a value function
-    folder = resolve_model(args.model)
     tokenizer = load_tokenizer(args.tokenizer or folder)
     policy = load_decoder(folder, mesh, dtype)
     check_vocabulary(tokenizer, policy.config)
@@ -635,6 +638,7 @@ def main(args: Args) -> None:
         save_decoder(policy, run.folder / name, mesh, tokenizer, heads)
 
     def evaluate_now():
+        mesh.at("evaluation", state.iteration)
         with rollout_weights(policy) as sampler:
             metrics, table = evaluate(sampler, eval_prompts, reward, args, tokenizer, eos)
         run.log({"event": "eval", "iteration": state.iteration, "samples": state.samples, **metrics})
@@ -655,6 +659,7 @@ def main(args: Args) -> None:
         timer = {}
 
         # rollout: this replica's share of the samples
+        mesh.at("rollout", state.iteration)
         first_group = state.samples // args.samples_per_prompt
         order = rows_at(first_group, args.batch_size // args.samples_per_prompt, len(prompts), args.seed)
         with rollout_weights(policy) as sampler:
@@ -676,10 +681,11 @@ def main(args: Args) -> None:
 
         # score
         samples = make_samples(generation, rows, tokenizer, eos, args.sampling.stop)
-        scores = score_together(reward, samples, sampler.mesh)
+        scores = score_together(reward, samples, sampler.mesh, args.rollout_timeout)
         timer["score_seconds"] = time.perf_counter()
 
         # everybody's rollouts; log-probabilities and values, in the micro-batches of the first epoch
+        mesh.at("log-probabilities")
         rollout = gather_rollout(
             Rollout(
                 generation.input_ids,

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.checkpoint import load_decoder
+from parallel.checkpoint import load_decoder, read_config
 from parallel.data import check_vocabulary, epoch_order, join_parts, load_tokenizer, rows_at, split_turns
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
@@ -335,14 +335,14 @@ class Progress:
 
 
 def main(args: Args) -> None:
-    mesh = init_mesh(args.layout)
+    folder = resolve_model(args.model)
+    mesh = init_mesh(args.layout, read_config(folder), (args.batch_size, args.microbatch_size))
     run = Run("reward_model", args, mesh)
     dtype = getattr(torch, args.dtype)
     if args.batch_size % mesh.dp.size:
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of {mesh.dp.size} replicas")
 
     # model: the head's bias cancels in the loss and would only drift
-    folder = resolve_model(args.model)
     tokenizer = load_tokenizer(args.tokenizer or folder)
     if is_reward_model(folder):
         reward_model, reward_head = load_reward_model(folder, mesh, dtype)
@@ -407,6 +407,7 @@ def main(args: Args) -> None:
         save_reward_model(reward_model, reward_head, run.folder / name, mesh, tokenizer, offset, args.bos)
 
     def evaluate_now():
+        mesh.at("evaluation", state.step)
         with rollout_weights(reward_model):
             metrics = evaluate(roles, held_out, args, mesh) | baselines
         run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
@@ -431,6 +432,7 @@ def main(args: Args) -> None:
         mine = batch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
 
         # update
+        mesh.at("update", state.step + 1)
         model.zero_grad()
         loss_fn = partial(pair_loss, roles=roles, num_pairs=len(batch))
         metrics = forward_backward(model, list(make_microbatches(mine, args, mesh.device)), loss_fn)

@@ -22,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from parallel.checkpoint import load_decoder, save_decoder
+from parallel.checkpoint import load_decoder, read_config, save_decoder
 from parallel.data import check_vocabulary, load_tokenizer, pack_batch, pad_batch, rows_at, sft_examples
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Layout, init_mesh
@@ -146,13 +146,13 @@ class Progress:
 
 
 def main(args: Args) -> None:
-    mesh = init_mesh(args.layout)
+    folder = resolve_model(args.model)
+    mesh = init_mesh(args.layout, read_config(folder), (args.batch_size, args.microbatch_size))
     run = Run("sft", args, mesh)
     if args.batch_size % mesh.dp.size:
         raise ValueError(f"--batch-size {args.batch_size} is no multiple of {mesh.dp.size} replicas")
 
     # model and data
-    folder = resolve_model(args.model)
     tokenizer = load_tokenizer(args.tokenizer or folder)
     policy = load_decoder(folder, mesh, getattr(torch, args.dtype))
     check_vocabulary(tokenizer, policy.config)
@@ -189,6 +189,7 @@ def main(args: Args) -> None:
         save_training_state(run.folder / "checkpoints", state.step, stored, meta, keep=2, mesh=mesh)
 
     def evaluate_now():
+        mesh.at("evaluation", state.step)
         with rollout_weights(policy):
             metrics = evaluate(policy, held_out, args, mesh)
         run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
@@ -212,6 +213,7 @@ def main(args: Args) -> None:
         mine = batch[mesh.dp.rank * share : (mesh.dp.rank + 1) * share]
 
         # update
+        mesh.at("update", state.step + 1)
         model.zero_grad()
         loss_fn = partial(sft_loss, policy=policy, num_tokens=num_tokens)
         metrics = forward_backward(model, list(make_microbatches(mine, args, mesh.device)), loss_fn)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from parallel.families import config_from_hf, pieces
 from parallel.files import read_json, write_folder, write_json
 from parallel.mesh import Mesh
-from parallel.model import Decoder
+from parallel.model import Decoder, DecoderConfig
 from parallel.tensor import fill_local, full_tensor, placements
 
 FILE_BYTES = 5 << 30  # of one file of exported weights
@@ -28,6 +28,11 @@ CLASSIFIER = "ForSequenceClassification"  # how the architecture of a reward mod
 LM_HEAD = re.compile(r"^(lm_head|embed_out)\.(weight|bias)$")
 
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
+
+
+def read_config(path_or_id: str) -> DecoderConfig:
+    """The sizes of a model from its folder or hub id, for a layout to be checked before any rank waits for another."""
+    return config_from_hf(read_json(find_folder(path_or_id) / "config.json"), f"{path_or_id}/config.json")[0]
 
 
 def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype, lm_head: bool = True) -> Decoder:

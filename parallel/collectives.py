@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import heartbeat
+from parallel.heartbeat import RankError
+from parallel.order import record
+
 ROLL_CALL_SECONDS = 3.0  # after a failed collective: how long the other ranks may take to say that they are alive
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
@@ -20,10 +24,6 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 # Made once by all processes together; here and nowhere else, so that they can be ended before the process ends.
 groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}  # by (ranks, channel)
 _traffic: Counter[tuple[str, str]] = Counter()  # bytes sent by this rank, by (axis name, operation)
-
-
-class RankError(RuntimeError):
-    """An error that is known on every rank; its message names the rank where it happened."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ def all_reduce_(x: Tensor, axis: Axis, op: str = "sum") -> None:
     all_reduce_async_(x, axis, op).wait()
 
 
-def all_reduce_async_(x: Tensor, axis: Axis, op: str = "sum") -> "Pending":
-    """Starts `all_reduce_`; x is neither read nor written until `wait` of the result returns."""
+def all_reduce_async_(x: Tensor, axis: Axis, op: str = "sum", tag: str = "") -> "Pending":
+    """Starts `all_reduce_`; x is neither read nor written until `wait` of the result returns. Tag: see order.py."""
     if axis.size == 1:
         return Pending(None, axis, "all_reduce")
-    _count(axis, "all_reduce", 2 * x.nbytes)
+    _count(axis, "all_reduce", 2 * x.nbytes, x, f"{op} {tag}")
     with name_lost_ranks(axis, "all_reduce"):
         work = dist.all_reduce(x, getattr(dist.ReduceOp, op.upper()), group=axis.group, async_op=True)
     return Pending(work, axis, "all_reduce")
@@ -71,7 +71,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
         return x.clone()
     x = x.contiguous()
     full = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    _count(axis, "all_gather", full.nbytes)
+    _count(axis, "all_gather", full.nbytes, full)
     with name_lost_ranks(axis, "all_gather"):
         _all_gather(_as_bytes(full), _as_bytes(x), group=axis.group)
     return full
@@ -90,31 +90,31 @@ def reduce_scatter_async(x: Tensor, axis: Axis) -> tuple[Tensor, "Pending"]:
         return x.clone(), Pending(None, axis, "reduce_scatter")
     x = x.contiguous()
     piece = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    _count(axis, "reduce_scatter", x.nbytes)
+    _count(axis, "reduce_scatter", x.nbytes, x)
     with name_lost_ranks(axis, "reduce_scatter"):
         work = _reduce_scatter(piece, x, group=axis.group, async_op=True)
     return piece, Pending(work, axis, "reduce_scatter")
 
 
-def all_gather_async_(full: Tensor, shard: Tensor, axis: Axis) -> "Pending":
+def all_gather_async_(full: Tensor, shard: Tensor, axis: Axis, tag: str = "") -> "Pending":
     """Starts to fill full [size * n] with the shards [n] of all ranks; shard may be this rank's part of full."""
     if axis.size == 1:
         full.copy_(shard)
         return Pending(None, axis, "all_gather")
-    _count(axis, "all_gather", full.nbytes)
+    _count(axis, "all_gather", full.nbytes, full, tag)
     with name_lost_ranks(axis, "all_gather"):
         work = _all_gather(full, shard, group=axis.group, async_op=True)
     return Pending(work, axis, "all_gather")
 
 
-def reduce_scatter_async_(x: Tensor, axis: Axis) -> "Pending":
+def reduce_scatter_async_(x: Tensor, axis: Axis, tag: str = "") -> "Pending":
     """Starts to replace this rank's part of x, x.chunk(size)[rank], by its sum over the axis; the rest is lost.
 
     In place: nothing is copied. Ring bytes: (size - 1) / size of x.
     """
     if axis.size == 1:
         return Pending(None, axis, "reduce_scatter")
-    _count(axis, "reduce_scatter", x.nbytes)
+    _count(axis, "reduce_scatter", x.nbytes, x, tag)
     with name_lost_ranks(axis, "reduce_scatter"):
         work = _reduce_scatter(x.chunk(axis.size)[axis.rank], x, group=axis.group, async_op=True)
     return Pending(work, axis, "reduce_scatter")
@@ -123,7 +123,7 @@ def reduce_scatter_async_(x: Tensor, axis: Axis) -> "Pending":
 def broadcast_(x: Tensor, axis: Axis, source: int = 0) -> None:
     """Replaces x by that of one rank of the axis."""
     if axis.size > 1:
-        _count(axis, "broadcast", x.nbytes)
+        _count(axis, "broadcast", x.nbytes, x)
         with name_lost_ranks(axis, "broadcast"):
             dist.broadcast(_as_bytes(x), group=axis.group, group_src=source)
 
@@ -221,24 +221,27 @@ def name_lost_ranks(axis: Axis, op: str):
     try:
         yield
     except RuntimeError as error:
+        failed = f"{op} over {axis.name} failed in {heartbeat.where()}"
         reason = str(error).strip().splitlines()[0]
         if axis.store is None:
-            raise RankError(f"{op} over {axis.name} failed, a rank is lost: {reason}") from error
-        world = range(dist.get_world_size())
-        lost, deadline = list(world), time.monotonic() + ROLL_CALL_SECONDS
+            raise RankError(f"{failed}, a rank is lost: {reason}") from error
+        lost, deadline = list(range(dist.get_world_size())), time.monotonic() + ROLL_CALL_SECONDS
         try:
             axis.store.set(f"alive/{dist.get_rank()}", "1")
-            while lost and time.monotonic() < deadline:
+            heartbeat.look()
+            while not all(map(heartbeat.has_ended, lost)) and time.monotonic() < deadline:
                 lost = [rank for rank in lost if not axis.store.check([f"alive/{rank}"])]
                 time.sleep(0.05)
         except RuntimeError:  # the store lived in the lost process
             lost = [0]
-        ranks = ", ".join(map(str, lost))
-        who = f"no answer from rank {ranks} (dead, or busy elsewhere)" if lost else "though all ranks are alive"
-        raise RankError(f"{op} over {axis.name} failed, {who}: {reason}") from error
+        who = f"no answer from {heartbeat.describe(lost)}" if lost else "though all ranks are alive"
+        raise RankError(f"{failed}, {who}: {reason}") from error
 
 
-def _count(axis: Axis, op: str, nbytes: int) -> None:
+def _count(axis: Axis, op: str, nbytes: int, x: Tensor | None = None, tag: str = "") -> None:
+    """Args: x: what a collective moves; None where not all ranks of the axis take part."""
+    if x is not None:
+        record(axis, op, x, tag)
     _traffic[axis.name, op] += nbytes * (axis.size - 1) // axis.size
 
 

@@ -201,7 +201,7 @@ class Unit:
             if self.is_offloaded:
                 part = self.full[self.part]
                 part.copy_(self.flat, non_blocking=True)
-            self.gathering = all_gather_async_(self.full, part, self.dp)
+            self.gathering = all_gather_async_(self.full, part, self.dp, self.name)
 
     def finish_gather(self) -> None:
         if self.gathering is not None:
@@ -223,8 +223,8 @@ class DataParallel:
     Communication: over dp, per trainable unit, an all-reduce (zero 0) or reduce-scatter (zero 1) of gradients per step
         or a reduce-scatter per micro-batch (zero 2 and 3); the optimizer gathers updated weights (zero 1 and 2). Zero 3
         gathers each decoder's units in every forward, and layers again in the backward, so that replicas must make
-        the same passes through the same units. At construction one all-reduce of [2 * units] hashes.
-    Raises: RankError if the replicas do not begin with equal weights.
+        the same passes through the same units. At construction `check_replicas_equal`.
+    Raises: RankError if ranks do not begin with equal weights where they should.
     """
 
     def __init__(self, roles: dict[str, nn.Module], mesh: Mesh, layout: Layout):
@@ -242,7 +242,8 @@ class DataParallel:
         self._todo: list[Unit] = []  # to be reduced in the backward pass under way, in this order
         self._in_flight: list[Unit] = []
         self._whole: Counter[Unit] = Counter()  # units of zero 3 that are gathered: see Shards
-        check_replicas_equal(self.units)
+        mesh.wait_for_all("the models to be read")
+        check_replicas_equal(self.units, mesh, "build every replica from the same files and the same seed")
         for unit in self.units:
             if unit.dp.size > 1:  # one replica has nothing to share out
                 unit.zero = layout.zero if unit.chunk is not None else min(layout.zero, 1)
@@ -348,7 +349,7 @@ class DataParallel:
         if self.reduce_in_bfloat16:
             unit.bucket = unit.bucket.bfloat16()
         reduce = reduce_scatter_async_ if unit.zero else all_reduce_async_
-        unit.pending = reduce(unit.bucket, unit.dp)
+        unit.pending = reduce(unit.bucket, unit.dp, tag=unit.name)
         self._in_flight.append(unit)
 
     def _settle(self) -> None:
@@ -447,23 +448,52 @@ def make_units(roles: dict[str, nn.Module], mesh: Mesh) -> list[Unit]:
 
 
 @torch.no_grad()
-def check_replicas_equal(units: list[Unit]) -> None:
-    """Raises RankError naming the first unit whose bits are not the same on all ranks that hold it.
+def check_replicas_equal(units: list[Unit], mesh: Mesh, advice: str) -> None:
+    """Returns if weights that several ranks hold have the same bits on all of them.
 
-    Communication: one all-reduce (max) of [2 * units] hashes over each axis along which units have replicas.
+    Among replicas those are units, unless zero 3 divides them; over tp what is replicated, and heads on several ranks.
+    Communication: one all-gather of hashes over each axis along which units have replicas and one over tp, one
+        all-reduce of a number.
+    Raises: RankError on all ranks, naming unit or parameter and the ranks that differ, with the advice.
     """
-    for axis in dict.fromkeys(unit.dp for unit in units if unit.dp.size > 1):
-        replicated = [unit for unit in units if unit.dp == axis]
-        hashes = torch.stack([_hash(unit.flat) for unit in replicated])  # [units]
-        bounds = torch.cat([hashes, ~hashes])  # ~ reverses the order of integers: one maximum gives both bounds
-        all_reduce_(bounds, axis, "max")
-        largest, smallest = bounds.chunk(2)
-        for unit, differs in zip(replicated, (largest != ~smallest).tolist(), strict=True):
-            if differs:
-                raise RankError(
-                    f"the {axis.size} replicas begin with different weights in {unit.name} ({unit.names[0]}, ...): "
-                    "build every replica from the same files and the same seed"
-                )
+    found = None
+    for axis in dict.fromkeys(unit.dp for unit in units):
+        here = [unit for unit in units if unit.dp == axis and unit.full is None]
+        found = found or find_difference([(f"{u.name} ({u.names[0]}, ...)", u.flat, axis.size) for u in here], axis)
+    found = found or find_difference([part for unit in units for part in parts_in_common(unit)], mesh.tp)
+    mesh.raise_together(None if found is None else RankError(f"{found}; {advice}"))
+
+
+def parts_in_common(unit: Unit) -> Iterator[tuple[str, Tensor, int]]:
+    """Names and weights of a unit that several ranks of tp hold, as far as this replica has them; by how many."""
+    first = 0 if unit.flat.numel() == unit.size else unit.part.start  # entry of the unit where flat begins
+    for name, offset, shape, placement in zip(unit.names, unit.offsets, unit.shapes, unit.placements, strict=True):
+        intervals = placement.shared_intervals(unit.tp.size) if placement.dim == 0 else []
+        row = shape[1:].numel()
+        parts = [(offset + start * row, offset + (start + length) * row, count) for start, length, count in intervals]
+        parts += [(offset, offset + shape.numel(), 1)] * (placement.dim is None)
+        for start, stop, count in parts:
+            yield name, unit.flat[max(start - first, 0) : max(stop - first, 0)], unit.tp.size // count
+
+
+def find_difference(parts: list[tuple[str, Tensor, int]], axis: Axis) -> str | None:
+    """What to say of the first part whose bits differ among the ranks of an axis that hold it; None if none does.
+
+    Args: parts: names, tensors, and how many neighbours hold the same.
+    """
+    if axis.size == 1 or not parts:
+        return None
+    rows = all_gather(torch.stack([_hash(x) for _, x, _ in parts])[None], axis).tolist()  # [size][parts]
+    ranks = axis.ranks or range(axis.size)
+    for i, (name, _, together) in enumerate(parts):
+        for first in range(0, axis.size, together):
+            held = {ranks[j]: rows[j][i] for j in range(first, first + together)}
+            [(most, count)] = Counter(held.values()).most_common(1)
+            if count < together:
+                wrong = [rank for rank, x in held.items() if x != most or 2 * count <= together]
+                others = "each other" if 2 * count <= together else f"the other {count}"
+                return f"weights of {name} on rank {', '.join(map(str, wrong))} differ from {others} over {axis.name}"
+    return None
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ def write_folder(folder: Path, write: Callable[[Path], None], mesh: Mesh, tensor
             for _ in tensors:
                 pass
 
+    mesh.at("saving")
     if not mesh.is_logger:
         for _ in tensors:
             pass
@@ -93,6 +94,7 @@ def on_all(function: Callable[[], None], failure: str, mesh: Mesh) -> None:
         error = ValueError(f"{failure}: {caught}")
     except Exception as caught:
         error = caught
+    mesh.wait_for_all("all ranks to read or write their files")
     mesh.raise_together(error)
 
 

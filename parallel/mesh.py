@@ -7,6 +7,7 @@ has size 1, no process group exists, and all functions below are the identity.
 """
 
 import itertools
+import math
 import os
 import pickle
 from collections.abc import Callable
@@ -18,13 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import heartbeat, order
 from parallel.collectives import Axis, RankError, all_gather, all_reduce_, broadcast_, groups, recv_async_, send_async
-from parallel.schedules import CHANNELS
+from parallel.schedules import CHANNELS, check_schedule
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # a second, dense bfloat16, by part of the GPU's name
-# A rank that does not come to a collective for so long is lost. A dead one is seen at once by its closed connections;
-# one that lives may be busy with a slow reward or a large checkpoint.
-GROUP_TIMEOUT = timedelta(minutes=30)
+# A rank that does not come to a collective for so long hangs. Start-up, loading, rewards and writing, which may take
+# longer on one rank, end in `wait_for_all`; what is left is compilation, and the pieces of one large checkpoint.
+GROUP_TIMEOUT = timedelta(minutes=10)
+START_TIMEOUT = timedelta(hours=2)  # until all processes are there, some of which may have to fetch a model
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,17 @@ class Mesh:
         rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
         raise RankError(f"rank {rank}: {message}" if self.world_size > 1 else message) from error
 
+    def at(self, phase: str, iteration: int | None = None) -> None:
+        """Notes what this rank is doing from now on, for error messages; None = still in the same iteration."""
+        heartbeat.at(phase, iteration)
+
+    def wait_for_all(self, what: str, timeout: float = math.inf) -> None:
+        """Returns when every rank has come here, one that is busy for long, too: see `heartbeat.wait_for_all`."""
+        if self.world_size > 1:
+            heartbeat.wait_for_all(what, timeout)
+
     def barrier(self) -> None:
-        """Returns when every rank has come here."""
+        """Returns when every rank has come here; one that is busy should not be long."""
         self._reduce(0.0, "world", "max")
 
     def close(self) -> None:
@@ -180,14 +192,17 @@ class Mesh:
         return total.item() if number else total.to(x.device)
 
 
-def init_mesh(layout: Layout = Layout()) -> Mesh:
+def init_mesh(layout: Layout = Layout(), config=None, batch: tuple[int, int] | None = None) -> Mesh:
     """Joins the processes that the launcher started (RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them).
 
-    Raises: ValueError if the layout does not fit the processes, or the processes do not fit the GPUs.
+    Args: config, batch: of the model to be divided and of a step, see `check_layout`.
+    Raises: ValueError if the layout does not fit processes or model, or the processes do not fit the GPUs. No group has
+        been made then, and no rank waits for another.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    check_layout(layout, world_size)
+    check_layout(layout, world_size, config, batch)
+    order.records.clear()
     if torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if local_size > num_gpus:
@@ -202,9 +217,11 @@ def init_mesh(layout: Layout = Layout()) -> Mesh:
 
     store = None
     if world_size > 1 and not dist.is_initialized():
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=GROUP_TIMEOUT))
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=START_TIMEOUT))
         # A launcher that restarts the ranks keeps its store: without a prefix they would read dead addresses.
         store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        heartbeat.start(store, rank, world_size)
+        heartbeat.wait_for_all("all processes to start", START_TIMEOUT.total_seconds())
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
     tp, pp = layout.tp, layout.pp
@@ -270,14 +287,30 @@ def open_channels(mesh: Mesh) -> None:
                 recv_async_(message, channel, source).wait()
 
 
-def check_layout(layout: Layout, world_size: int) -> None:
-    """Raises ValueError, with what would fit, unless the layout's axes multiply to the number of processes."""
+def check_layout(layout: Layout, world_size: int, config=None, batch: tuple[int, int] | None = None) -> None:
+    """Raises ValueError, with what would fit, unless the layout fits the number of processes and the model.
+
+    Args: config: DecoderConfig of the model; None checks the processes alone. batch: sequences of an optimizer step,
+        over all replicas, and of a micro-batch.
+    """
+    takes = "" if config is None else f" with a model of {config.describe_sizes()}"
+    divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    fits = {"tp": lambda n: config is None or config.fits_tp(n)}
+    fits["pp"] = lambda n: config is None or n * layout.num_chunks <= config.num_layers
     for name, size in (("tp", layout.tp), ("pp", layout.pp)):
-        if size < 1 or world_size % size:
-            fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        fitting = [n for n in divisors if fits[name](n)]
+        if size not in divisors:
             raise ValueError(
-                f"--layout.{name} {size} does not divide the {world_size} processes: give one of "
+                f"--layout.{name} {size} does not divide the {world_size} processes{takes}: give one of "
                 f"{', '.join(map(str, fitting))}, or start torchrun --nproc-per-node {max(size, 1)}"
+            )
+        if not fits[name](size):
+            what = config.describe_sizes()
+            if name == "pp":
+                what = f"{config.num_layers} layers into {layout.num_chunks} pieces for each stage"
+            raise ValueError(
+                f"--layout.{name} {size} does not divide this model's {what}: with {world_size} processes it takes "
+                f"{' or '.join(f'--layout.{name} {n}' for n in fitting)}"
             )
     model_ranks = layout.tp * layout.pp
     if world_size % model_ranks or layout.dp not in (0, world_size // model_ranks):
@@ -297,6 +330,11 @@ def check_layout(layout: Layout, world_size: int) -> None:
         )
     if layout.schedule == "interleaved" and layout.pp > 1 and layout.num_chunks < 2:
         raise ValueError("--layout.schedule interleaved needs --layout.num-chunks 2 or more; with one piece use 1f1b")
+    if layout.pp > 1 and config is not None:
+        config.layers_by_part(layout)
+    if layout.pp > 1 and batch is not None:
+        share = batch[0] * model_ranks // world_size
+        check_schedule(layout.schedule, layout.pp, -(-share // batch[1]), layout.num_chunks)
 
 
 def _describe(error: Exception) -> str:

@@ -86,16 +86,18 @@ class DecoderConfig:
         """
         if not self.fits_tp(tp):
             fitting = ", ".join(str(n) for n in range(1, self.num_heads + 1) if self.fits_tp(n))
-            raise ValueError(
-                f"--layout.tp {tp} does not divide {self.num_heads} heads, {self.num_kv_heads} key/value heads and a "
-                f"feed-forward network {self.ffn_size} wide: this model takes {fitting}"
-            )
+            raise ValueError(f"--layout.tp {tp} does not divide {self.describe_sizes()}: this model takes {fitting}")
         return replace(
             self,
             num_heads=self.num_heads // tp,
             num_kv_heads=max(self.num_kv_heads // tp, 1),
             ffn_size=self.ffn_size // tp,
         )
+
+    def describe_sizes(self) -> str:
+        """What tp has to divide."""
+        heads = f"{self.num_heads} heads, {self.num_kv_heads} key/value heads"
+        return f"{heads} and a feed-forward network {self.ffn_size} wide"
 
     def count_parameters(self, lm_head: bool = True) -> int:
         """Of a whole model, without padded vocabulary rows; tied embeddings count once."""

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import RankError, all_gather, all_gather_async_
-from parallel.data_parallel import DataParallel, Unit, describe_nonfinite, on_host
+from parallel.data_parallel import DataParallel, Unit, check_replicas_equal, describe_nonfinite, on_host
 from parallel.mesh import Mesh
+from parallel.order import check_order
 from parallel.training_state import Piece
 
 Schedule = Literal["constant", "linear", "cosine"]
 
+DRIFT_EVERY = 100  # steps between comparisons of the weights that ranks hold in common
 MAX_SKIPPED = 5  # steps skipped in a row before the run is given up
 NORM_BLOCK = 1 << 16  # entries turned into float64 at a time on a CPU: they stay in its cache
 
@@ -64,9 +66,11 @@ def clip_grad_norm(model: DataParallel, max_norm: float, mesh: Mesh) -> float:
     The gradients themselves are left as they are: the optimizer's own pass scales them. max_norm 0 clips nothing.
     Communication: every rank squares its part of each unit, whichever parts it holds, and one all-gather of a number
         over dp brings the sums together: the same bits under zero 0 to 3. One all-reduce of a number over tp and pp.
+        What the ranks have called until now is compared: see `check_order`.
     Returns: the norm before clipping, the same on all ranks, NaN or infinite if a gradient is.
     Source: Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
+    check_order(mesh)
     squares = [torch.zeros((), dtype=torch.float64, device=mesh.device)]
     for unit in model.units:
         if unit.trainable:
@@ -125,6 +129,7 @@ class AdamW:
         device = torch.device("cpu") if self.offload else model.mesh.device
         self.steps = torch.zeros((), dtype=torch.float32, device=device)  # taken
         self.num_skipped = torch.zeros(())  # in a row, until now
+        self.num_unchecked = 0  # steps since the weights were compared
         self.state: dict[Unit, dict[str, Tensor]] = {}
         self._weights: dict[Unit, Tensor] = {}  # what this rank steps over of each unit's `flat`
         self._grads: dict[Unit, tuple[Tensor, Tensor]] = {}  # gradients of that, and where the step reads them
@@ -153,7 +158,8 @@ class AdamW:
         Args: lr_scale: what `lr_multiplier` gives. frozen: roles that this step leaves as they are.
         Returns: False if the norm is not finite: then nothing has changed, on any rank.
         Communication: under zero 1 and 2, and for heads under zero 3, one all-gather over dp of each unit's weights.
-        Raises: RankError, naming parameter and rank, for the fifth such step in a row.
+            Every DRIFT_EVERY steps the hashes of `check_replicas_equal`.
+        Raises: RankError, naming parameter and rank, for the fifth such step in a row or drifted weights.
         """
         model = self.model
         assert model.grad_norm is not None, "clip_grad_norm comes before step, and once for each"
@@ -190,10 +196,15 @@ class AdamW:
         for unit in stepped:
             if self.state[unit]["master"] is not self._weights[unit]:
                 self._weights[unit].copy_(self.state[unit]["master"], non_blocking=True)
-        gathers = [all_gather_async_(u.flat, self._weights[u], u.dp) for u in stepped if u.zero and u.full is None]
+        shared = [unit for unit in stepped if unit.zero and unit.full is None]
+        gathers = [all_gather_async_(unit.flat, self._weights[unit], unit.dp, unit.name) for unit in shared]
         for gather in gathers:
             gather.wait()
         model.grad_norm = None
+        self.num_unchecked += 1
+        if self.num_unchecked == DRIFT_EVERY:
+            self.num_unchecked = 0
+            check_replicas_equal(model.units, model.mesh, "a device or a collective has failed: --resume goes on")
         return True
 
     def _fetch(self, units: list[Unit]) -> None:

@@ -39,6 +39,7 @@ def forward_backward(
     """
     assert microbatches, "a replica without a micro-batch does not know the names of the metrics"
     mesh = model.mesh
+    mesh.at("update")
     num = int(mesh.max(len(microbatches), "dp"))
     walk = Walk(model.decoders, mesh, microbatches + microbatches[-1:] * (num - len(microbatches)))
     total: dict[str, Tensor] = {}

@@ -28,13 +28,14 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from parallel import heartbeat
 from parallel.collectives import RankError, traffic
 from parallel.files import on_logger
 from parallel.mesh import Layout, Mesh
 from parallel.training_state import Piece, load_training_state
 
 # flags whose change leaves the rest of a run as it would have been
-HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size"}
+HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size", "rollout_timeout"}
 HARMLESS |= {f"layout.{field.name}" for field in dataclasses.fields(Layout)} - {"layout.reduce_dtype"}
 SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say how to start, not what to run
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
@@ -73,13 +74,11 @@ _process = Process()
 def launch(main: Callable, Args: type) -> None:
     """Parses the flags and runs main(args): the last line of every script.
 
-    An error that a user can mend is one message without a traceback, and exit status 1. SIGTERM and SIGUSR1 ask the run
-    to save and end (`Run.stop_requested`). Warnings are plain lines, of rank 0 alone.
+    An error that a user can mend is one message without a traceback, and exit status 1. Warnings are plain lines, of
+    rank 0 alone.
     """
     rank = int(os.environ.get("RANK", 0))
     _process.stop_signals.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: _process.stop_signals.append(number))
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:  # SIGTERM if torchrun dies: leave no orphans
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     warnings.showwarning = lambda message, *_: say(f"warning: {message}", sys.stderr) if rank == 0 else None
@@ -98,7 +97,7 @@ def launch(main: Callable, Args: type) -> None:
     except (ValueError, OSError, RankError) as error:
         fail(f"error: {error}", rank, 1)
     except torch.OutOfMemoryError as error:
-        fail(f"error: a smaller --microbatch-size needs less memory: {str(error).splitlines()[0]}", rank, 1)
+        fail(f"error: {describe_oom(error)}", rank, 1)
     except KeyboardInterrupt:
         fail("interrupted", rank, 130)
     except SystemExit:
@@ -119,6 +118,19 @@ def say(text: str, file=None) -> None:
     print(text, file=file, flush=True)
 
 
+def describe_oom(error: torch.OutOfMemoryError) -> str:
+    """What the device was doing and held when its memory ran out, and which flags need less."""
+    held = ""
+    if torch.cuda.is_available():
+        stats, total = torch.cuda.memory_stats(), torch.cuda.get_device_properties().total_memory
+        held = "; ".join(f"{name} {stats[f'allocated_bytes.all.{name}'] / 2**30:.2f}" for name in ("current", "peak"))
+        held = f" ({held} of {total / 2**30:.2f} GiB)"
+    return (
+        f"out of memory in {heartbeat.where()}{held}: {str(error).splitlines()[0]}\nless is needed with a smaller "
+        "--microbatch-size, --layout.recompute full, and on several processes a higher --layout.zero or --layout.tp"
+    )
+
+
 def leave_to_rank_0(seconds: float) -> None:
     """Waits while rank 0 reports an error; the launcher then ends this process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -128,7 +140,7 @@ def leave_to_rank_0(seconds: float) -> None:
 def fail(message: str, rank: int, status: int) -> None:
     """Prints a message, once whether one rank has it or all, and ends the process."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if rank > 0:
+    if rank > 0 and not heartbeat.has_ended(0):
         leave_to_rank_0(SILENCE)
     reported = False
     if _process.store is not None:
@@ -156,6 +168,14 @@ def flat_flags(args, prefix: str = "") -> dict:
     return flags
 
 
+def launcher_store() -> dist.Store | None:
+    """Where a torchrun that restarts its ranks keeps what one attempt has to tell the next; None without restarts."""
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) or os.environ["TORCHELASTIC_USE_AGENT_STORE"] != "True":
+        return None
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"runs/{os.environ['TORCHELASTIC_RUN_ID']}", store)
+
+
 class Run:
     """The folder of a run and everything that is written to it.
 
@@ -169,6 +189,7 @@ class Run:
     def __init__(self, script: str, args, mesh: Mesh):
         self.script, self.args, self.mesh = script, args, mesh
         self.resuming = self.begun = False
+        self.attempts = launcher_store() if mesh.is_logger else None
         self.first_progress: tuple[float, int] | None = None  # time and iterations done at the first progress line
         self.trackers: list[Callable[[dict], None]] = []
         self.close_tracker: Callable[[], None] = lambda: None
@@ -212,7 +233,10 @@ class Run:
         args, default = self.args, Path("runs")
         if args.resume and args.overwrite:
             raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
-        if args.output_dir:
+        restarted = self.attempts is not None and self.attempts.check(["folder"])  # by the launcher, after a failure
+        if restarted:
+            folder = Path(self.attempts.get("folder").decode())
+        elif args.output_dir:
             folder = Path(args.output_dir)
         elif args.resume:
             known = [path.parent for path in default.glob(f"{self.script}*/args.json")]
@@ -221,21 +245,25 @@ class Run:
             names = [self.script, *(f"{self.script}-{i}" for i in range(2, 100_000))]
             folder = next(default / name for name in names if not holds_files(default / name))
         holds_run = any((folder / name).exists() for name in WRITTEN)
-        self.resuming = args.resume and holds_run
-        if holds_run and not args.overwrite and not args.resume:
+        self.resuming = (args.resume or restarted) and holds_run
+        if holds_run and not args.overwrite and not self.resuming:
             raise ValueError(f"{folder} holds a run: --resume goes on with it, --overwrite replaces it")
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")
+        if restarted:
+            self.note("restarted by the launcher")
         if self.resuming and (folder / "args.json").exists():
             self.compare_flags(folder / "args.json")
         return folder
 
     def begin(self) -> None:
         """Writes args.json, and removes the run that --overwrite replaces: there is a first result to put there."""
-        if self.args.overwrite:
+        if self.args.overwrite and not self.resuming:
             for path in (self.folder / name for name in WRITTEN):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if self.attempts is not None:
+            self.attempts.set("folder", str(self.folder))  # an attempt after this one goes on here
         write_atomically(self.folder / "args.json", json.dumps(flat_flags(self.args), indent=2) + "\n")
         self.open_tracker()
 
@@ -322,10 +350,13 @@ class Run:
     def log(self, row: dict) -> None:
         """Appends a row to metrics.jsonl, a number that is not finite as null, and hands it to the trackers.
 
-        The first row of a process begins the run: before it, nothing in the folder changes.
+        The first row of a process begins the run: before it, nothing in the folder changes. From then on SIGTERM and
+        SIGUSR1 ask it to save and end (`stop_requested`); before, there is nothing to save, and they end it.
         """
         if not self.begun:
             self.begun = True
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, lambda number, _: _process.stop_signals.append(number))
             on_logger(self.begin, f"cannot write into {self.folder}", self.mesh)
         if self.mesh.is_logger:
             row = finite_or_null(row)

@@ -6,6 +6,7 @@ gives is checked before it reaches the algorithm: nonsense is an error that name
 
 import http.client
 import json
+import math
 import time
 import urllib.error
 import urllib.parse
@@ -163,12 +164,15 @@ def make_samples(generation, prompts, tokenizer, eos, stop):
     return samples
 
 
-def score_together(reward, samples, mesh):
+def score_together(reward, samples, mesh, timeout=math.inf):
     """Scores of this replica's samples; an error stops all ranks with its message.
 
     One rank of the replica asks for them. A reward that is a model lies on all ranks: stages divide the samples.
+
+    Args: timeout: seconds after which a rank that is still sampling or scoring stops all.
     """
     scores, error = [], None
+    mesh.at("scoring")
     by_model = getattr(reward, "lies_on_all_ranks", False)
     mine = samples[mesh.pp.rank :: mesh.pp.size] if by_model else samples
     try:
@@ -176,6 +180,7 @@ def score_together(reward, samples, mesh):
             scores = reward(mine)
     except ValueError as caught:
         error = caught
+    mesh.wait_for_all("the scores (--rollout-timeout)", timeout)
     mesh.raise_together(error)
     if not by_model:
         return mesh.broadcast_object(mesh.broadcast_object(scores, "pp"), "tp")
@@ -226,13 +231,14 @@ def make_model_reward(folder: str, context: SampleContext) -> Callable[[list[Sam
 
     @torch.no_grad()
     def score(samples: list[Sample]) -> list[float]:
-        sequences = [encode_sample(sample) for sample in samples]
+        sequences, error = [encode_sample(sample) for sample in samples], None
         for i, ids in enumerate(sequences):
-            if len(ids) > max_len:
-                raise ValueError(
+            if len(ids) > max_len and error is None:
+                error = ValueError(
                     f"{describe_sample(samples, i)} has {len(ids)} tokens, more than the {max_len} of the reward model "
                     f"{folder}: give shorter prompts or a smaller --sampling.max-new-tokens"
                 )
+        mesh.raise_together(error)  # before passes that all ranks make together
         scores = [0.0] * len(samples)
         order = sorted(range(len(samples)), key=lambda i: len(sequences[i]))
         batches = [order[first : first + MODEL_BATCH] for first in range(0, len(order), MODEL_BATCH)]

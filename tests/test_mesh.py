@@ -164,4 +164,6 @@ def test_killed_rank_is_named_by_the_others(tmp_path):
     assert ended.returncode != 0 and time.monotonic() - started < 40
     for rank in (0, 2):
         report = (tmp_path / f"rank{rank}").read_text()
-        assert report.startswith("RankError: all_reduce over world failed, no answer from rank 1 (dead, "), report
+        assert report.startswith(
+            "RankError: all_reduce over world failed in start-up, no answer from rank 1 (dead, last "
+        ), report
