@@ -297,7 +297,8 @@ class Decoder(nn.Module):
                     attended = kv_cache.attention(i, heads, visible[config.window(i)])
                 else:
                     attended = attention(*split_heads(heads, layer.config), visible[config.window(i)])
-                return F.pad(attended.reshape(num_tokens, -1), (0, 0, 0, padding))
+                attended = attended.reshape(num_tokens, -1)
+                return F.pad(attended, (0, 0, 0, padding)) if padding else attended  # a pad by 0 is a copy
 
             self.enter(i + 1, x)
             selective = self.recompute == "selective"
