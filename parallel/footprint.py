@@ -9,8 +9,8 @@ the real code on tensors without contents and counts.
     optimizer    12 P          master, m, v in float32 (8 P where weights are float32); from zero 1 on / dp
 
 Activations of a layer, in bytes per token (Korthikanti et al. 2022, arXiv 2205.05198, eq. 1-4, without dropout and with
-fused attention; s the tokens' share 1 / tp under sequence parallelism, h wide, a query and k key heads' widths, f of the
-network, g = 2 gate and up, else 1):
+fused attention; h wide, s = 1 / tp of the tokens under sequence parallelism, else 1; a and k wide the query and the key
+heads, f the network, g = 2 of them where there are gate and up projections, else 1):
 
     full         e s h                                               the layer's input
     selective    e (s h + s h + (2 a + 2 k + g f) / tp)              and what matrix products and attention give
@@ -315,16 +315,15 @@ class Stage:
             saved += role.itemsize * self.places * config.rotary_dim  # cosines and sines
             if self.is_first:
                 saved += self.tokens * (8 + (self.tp > 1)) + 8 * self.tokens_local * config.learned_positions
-            if self.is_last:
-                saved += role.itemsize * self.tokens_local * config.hidden_size + self.statistics(role)
         return saved
 
     def saved_by_heads(self) -> int:
         """Bytes that the heads on the last stage keep of a micro-batch: states of scored tokens, and what they make."""
         n, trunk, saved = self.scored, self.job.policy, 0
         for role in self.trained.values():
-            if role.config:
-                saved += n * (role.itemsize * role.config.hidden_size + 40)  # 40: indices, log-probabilities
+            if role.config:  # the final norm's input; states, their indices and log-probabilities
+                saved += role.itemsize * self.tokens_local * role.config.hidden_size + self.statistics(role)
+                saved += n * (role.itemsize * role.config.hidden_size + 40)
             elif role.itemsize > trunk.itemsize:  # reads a wider copy of the states
                 saved += n * role.itemsize * trunk.config.hidden_size
             inner = [shape[0] for shape in role.shapes if len(shape) == 2 and shape[0] not in ("vocab", 1)]
@@ -362,9 +361,13 @@ class Stage:
         if self.is_last:
             outputs = [self.section(name, "output") for name in self.decoders]
             gathered = sum(unit.itemsize * unit.size for unit in outputs if unit.zero == 3)
-            everything = {"activations": saved + self.saved_by_heads() + absent, "gathered weights": gathered}
-            working = max((self.head_backward(*product) for product in self.vocabulary_products()), default=0)
-            moments.append(everything | {"working memory": working})
+            for product in self.vocabulary_products():
+                working, summing = self.head_backward(*product)
+                both = {"gathered weights": gathered}
+                moments.append(
+                    both | {"activations": saved + self.saved_by_heads() + absent, "working memory": working}
+                )
+                moments.append(both | {"activations": saved + absent, "working memory": summing})
         if self.layout.reduce_dtype == "bfloat16":
             buckets = sum(2 * unit.size for unit in units if unit.zero < 2 and unit.replicas > 1)
             moments.append({"working memory": buckets})
@@ -375,44 +378,52 @@ class Stage:
         return peak
 
     def layer_backward(self, name: str, role: Role) -> tuple[int, int]:
-        """Bytes of the work on a layer's gradients, and of weights gathered meanwhile.
-
-        The peak is where the gradient of a matrix of the network is there in e bytes, in float32 and, from zero 2 on,
-        in its unit's bucket.
-        """
+        """Bytes of the work on the gradients of the last layer, whose activations all lie there, and of weights
+        gathered meanwhile: the largest of some moments while the backward goes through its network."""
         config, e, unit = role.config, role.itemsize, self.section(name, "layer")
-        local, recompute = config.shard(self.tp), self.layout.recompute
-        state = e * self.tokens_local * config.hidden_size
-        full, inner = e * self.tokens * config.hidden_size, e * self.tokens * local.ffn_size
-        of_weight = unit.wide + e * (e < unit.wide)  # bytes of a gradient's entry on its way
-        matrix = of_weight * local.ffn_size * config.hidden_size
-        second = matrix + 2 * state + inner * (recompute == "selective")
-        first = matrix * (1 + config.gated) + 2 * state + full * (1 + self.shards_tokens)
-        first += state * (recompute == "selective") - inner * (recompute != "selective")
-        working = max(first, second)
-        if recompute == "full":
-            working += self.saved_by_layer(role, "none") - state
-        if config.tied_embeddings and role.lm_head and self.is_last:  # waits for the embedding's other use
-            working += e * math.prod(self.section(name, "input").parameters[0].shape)
+        local, recompute, tied = config.shard(self.tp), self.layout.recompute, config.tied_embeddings and role.lm_head
+        state, full = e * self.tokens_local * config.hidden_size, e * self.tokens * config.hidden_size
+        inner = e * self.tokens * local.ffn_size
+        expanded = inner * (1 + config.gated)
+        second = local.ffn_size * config.hidden_size  # entries of the network's second matrix
+        first = second * (1 + config.gated)
+        on_its_way = unit.wide + e * (e < unit.wide)  # bytes a gradient's entry takes until it is summed
+        gathered = full * self.shards_tokens
+        moments = (
+            state + gathered + inner + e * second,  # products of the second matrix
+            state + on_its_way * second,  # its gradient
+            state + expanded + 3 * inner * config.gated,  # of the activation
+            state + full + gathered - inner + e * first,  # products of the first matrix
+            state - inner - expanded + on_its_way * first,  # its gradient
+        )
+        working = max(moments)
+        if recompute == "selective":
+            working += inner
+        elif recompute == "full":  # the mask of all layers stays, too
+            working += self.saved_by_layer(role, "none") - state + self.places * self.job.seq_len
+        if tied and self.is_last:  # the head's gradient waits for that of the embedding
+            working += unit.wide * math.prod(self.section(name, "input").parameters[0].shape)
         if unit.zero >= 2:
             working += unit.wide * unit.size
         return working, 2 * e * unit.size if unit.zero == 3 else 0
 
     def embedding_backward(self, name: str, role: Role) -> int:
-        unit = self.section(name, "input")
+        """Bytes of the work on the embedding's gradient, when activations are gone."""
+        unit, layer, e = self.section(name, "input"), self.section(name, "layer"), role.itemsize
+        is_tied = role.config.tied_embeddings and role.lm_head
         matrix = math.prod(unit.parameters[0].shape)
-        of_weight = role.itemsize + unit.wide * (role.itemsize < unit.wide)
-        of_weight += role.itemsize * (role.config.tied_embeddings and role.lm_head)
-        return of_weight * matrix + unit.wide * unit.size * (unit.zero >= 2)
+        on_its_way = 3 * unit.wide if is_tied else unit.wide + e * (e < unit.wide)  # tied: two uses and their sum
+        if unit.zero < 2:
+            return on_its_way * matrix
+        return max(on_its_way * matrix + layer.wide * layer.size, unit.wide * (matrix + unit.size))
 
-    def head_backward(self, rows: int, width: int, e: int, unit: PlannedUnit) -> int:
-        """Bytes of the work on a product with the vocabulary: logits of a chunk, or the matrix's gradients."""
-        n, wide, of_weight = self.scored, unit.wide, unit.wide + e
+    def head_backward(self, rows: int, width: int, e: int, unit: PlannedUnit) -> tuple[int, int]:
+        """Bytes of a vocabulary product's backward: while logits lie there, and while its gradient is summed."""
+        n, wide = self.scored, unit.wide
         chunk = min(n, max(CHUNK_ELEMENTS // rows, 1))
         copies = wide * (1 + (n > chunk)) + e * (e < wide)  # of logits: weighted, again, rounded
-        product = copies * chunk * rows + of_weight * rows * width + e * n * width
-        bucket = unit.wide * unit.size + (wide + e * (e < wide)) * rows * width
-        return max(product, bucket + e * n * width) if unit.zero >= 2 else product
+        working = copies * chunk * rows + (wide + e) * rows * width + e * n * width
+        return working, wide * (rows * width + unit.size) if unit.zero >= 2 else 0
 
     def forward(self, role: Role, tokens: int, share: float = 1.0) -> int:
         """Bytes of a forward pass without gradient; share: of the tokens that lie here between the matrices."""
