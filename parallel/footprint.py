@@ -30,7 +30,7 @@ from parallel.generation import CACHE_BLOCK, NUM_SLOTS, PREFILL_TOKENS
 from parallel.mesh import Layout, check_layout
 from parallel.model import DecoderConfig
 from parallel.schedules import Simulation, make_schedule, simulate, split_layers
-from parallel.tensor import padded_vocab_size
+from parallel.tensor import VOCAB_MULTIPLE, padded_vocab_size
 
 CUDA_CONTEXT = 2**30  # what CUDA, its libraries and NCCL take of a GPU before the first tensor: about so much
 SCORED_TOGETHER = 32  # samples of a reward model's forward pass
@@ -59,6 +59,7 @@ class Job:
     scored: int  # tokens of a sequence that the loss reads
     rollout: int = 0  # sequences that are generated at a time, over all ranks
     new_tokens: int = 0  # of each
+    described: int = 0  # sequences whose log-probabilities are computed between rollout and step, over all ranks
 
     @property
     def policy(self) -> Role:
@@ -71,6 +72,11 @@ class Job:
             raise ValueError(f"{self.batch} sequences of a step are no multiple of {num_replicas} replicas")
         share = self.batch // num_replicas
         return -(-share // self.microbatch), min(share, self.microbatch)
+
+
+def scalar_head(hidden_size: int, itemsize: int, bias: bool = True) -> Role:
+    """`model.ScalarHead`, in float32 at least."""
+    return Role(None, max(itemsize, 4), shapes=((1, hidden_size), (1,))[: 1 + bias])
 
 
 class Parameter(NamedTuple):
@@ -90,6 +96,7 @@ class PlannedUnit:
     trainable: bool
     replicas: int
     zero: int
+    is_tied: bool = False  # the head reads it, too
 
     @property
     def offsets(self) -> list[tuple[Parameter, int]]:
@@ -137,10 +144,9 @@ class PlannedUnit:
 
 
 def make_unit(section: str, parameters, role: Role, replicas: int, zero: int) -> PlannedUnit:
-    zero = zero if replicas > 1 else 0  # one replica has nothing to share out
-    return PlannedUnit(
-        section, tuple(parameters), role.itemsize, role.trainable, replicas, zero if role.in_units else 0
-    )
+    zero = zero if role.in_units and replicas > 1 else 0  # one replica has nothing to share out
+    is_tied = section == "input" and role.lm_head and role.config.tied_embeddings
+    return PlannedUnit(section, tuple(parameters), role.itemsize, role.trainable, replicas, zero, is_tied)
 
 
 def sections(config: DecoderConfig, tp: int, shards_tokens: bool, lm_head: bool) -> dict[str, tuple[Parameter, ...]]:
@@ -312,7 +318,7 @@ class Stage:
         for role in self.decoders.values():
             config = role.config
             saved += self.num_layers(role) * self.saved_by_layer(role, self.layout.recompute)
-            saved += role.itemsize * self.places * config.rotary_dim  # cosines and sines
+            saved += role.itemsize * self.tokens * config.rotary_dim  # cosines and sines
             if self.is_first:
                 saved += self.tokens * (8 + (self.tp > 1)) + 8 * self.tokens_local * config.learned_positions
         return saved
@@ -370,7 +376,8 @@ class Stage:
                 moments.append(both | {"activations": saved + absent, "working memory": summing})
         if self.layout.reduce_dtype == "bfloat16":
             buckets = sum(2 * unit.size for unit in units if unit.zero < 2 and unit.replicas > 1)
-            moments.append({"working memory": buckets})
+            last = [self.embedding_backward(name, role) for name, role in self.decoders.items() if self.is_first]
+            moments.append({"working memory": buckets + max(last, default=0)})
         peak = max(moments, key=lambda moment: sum(moment.values()))
         if self.pp > 1:  # a message ahead and one on its way, in both directions
             widths = [role.itemsize * role.config.hidden_size for role in self.decoders.values()]
@@ -395,6 +402,7 @@ class Stage:
             state + expanded + 3 * inner * config.gated,  # of the activation
             state + full + gathered - inner + e * first,  # products of the first matrix
             state - inner - expanded + on_its_way * first,  # its gradient
+            2 * state - inner - expanded + 3 * unit.wide * state // e * (config.norm == "rmsnorm"),  # of the norm
         )
         working = max(moments)
         if recompute == "selective":
@@ -415,7 +423,8 @@ class Stage:
         on_its_way = 3 * unit.wide if is_tied else unit.wide + e * (e < unit.wide)  # tied: two uses and their sum
         if unit.zero < 2:
             return on_its_way * matrix
-        return max(on_its_way * matrix + layer.wide * layer.size, unit.wide * (matrix + unit.size))
+        bucket = unit if len(unit.parameters) > 1 else layer  # that of learned positions' gradients is there before
+        return max(on_its_way * matrix + bucket.wide * bucket.size, unit.wide * (matrix + unit.size))
 
     def head_backward(self, rows: int, width: int, e: int, unit: PlannedUnit) -> tuple[int, int]:
         """Bytes of a vocabulary product's backward: while logits lie there, and while its gradient is summed."""
@@ -428,8 +437,8 @@ class Stage:
     def forward(self, role: Role, tokens: int, share: float = 1.0) -> int:
         """Bytes of a forward pass without gradient; share: of the tokens that lie here between the matrices."""
         config, local = role.config, role.config.shard(self.tp)
-        width = (2 + config.gated) * local.ffn_size + config.hidden_size * (1 + 2 * share)
-        return int(role.itemsize * tokens * width)
+        states = 1 + 2 * share * (1 + (self.tp > 1))  # a product; layer and residual stream, their sums and biased sums
+        return int(role.itemsize * tokens * ((2 + config.gated) * local.ffn_size + config.hidden_size * states))
 
     def rollout(self) -> dict[str, int]:
         """Bytes beside what is held while sequences are generated; stages work as replicas (folded)."""
@@ -449,3 +458,97 @@ class Stage:
             own = sum(sum(unit.state()[:1]) for unit in self.units[next(iter(self.decoders))] if unit.zero < 3)
             found["gathered weights"] = sum(e * unit.size for unit in units) - own
         return found
+
+    # --- traffic ---
+
+    def traffic(self) -> dict[str, Counter]:
+        """Bytes that this rank sends in an optimizer step and in a rollout, by (axis, operation), as a ring counts.
+
+        Without the metrics, a few numbers. A rollout counts every sequence at its full length.
+        """
+        step: Counter = Counter()
+
+        def send(op: str, axis: str, nbytes: int, count: int = 1, into: Counter = step) -> None:
+            size = {"tp": self.tp, "dp": self.dp, "folded": self.dp * self.pp, "ends": 2 * self.dp}[axis]
+            if size > 1 and nbytes:
+                nbytes = nbytes * (1 + (op == "all_reduce")) * (size - 1) // size
+                into["dp" if axis == "folded" else axis, op] += count * nbytes
+
+        m, sharded = self.num_microbatches, self.shards_tokens
+        for role in self.decoders.values():
+            n, states = self.num_layers(role), role.itemsize * self.tokens * role.config.hidden_size
+            full, selective = (self.layout.recompute == name for name in ("full", "selective"))
+            if sharded:  # columns gather twice, rows scatter, and gather backward
+                send("all_gather", "tp", states, m * (n * (6 + 2 * (full or selective)) + self.is_first + self.is_last))
+                send("reduce_scatter", "tp", states, m * (n * (4 + full) + self.is_first))
+            else:
+                send("all_reduce", "tp", states, m * (n * (4 + full) + self.is_first))
+        if self.is_last:
+            for _, width, e, unit in self.vocabulary_products():
+                for nbytes in (unit.wide * self.scored, 3 * unit.wide * self.scored, e * self.scored * width):
+                    send("all_reduce", "tp", nbytes, m)
+        for name in self.trained:
+            for unit in self.units[name]:
+                self.send_unit(unit, m, send)
+        send("all_reduce", "tp", 8)  # the norm of all gradients
+        send("all_gather", "dp", 8 * self.dp)
+        if self.pp > 1:
+            message = sum(
+                role.itemsize * self.tokens_local * role.config.hidden_size for role in self.decoders.values()
+            )
+            borders = self.num_parts // self.pp * 2 - self.is_first - self.is_last
+            step["pp", "send"] += m * message * borders
+        return {"step": step, "rollout": self.rollout_traffic(send)}
+
+    def send_unit(self, unit: PlannedUnit, m: int, send) -> None:
+        """What a trained unit's gradients and weights cost in a step of m micro-batches."""
+        axis = {self.dp: "dp", self.dp * self.pp: "folded", 2 * self.dp: "ends"}[unit.replicas]
+        summed = unit.size * (2 if self.layout.reduce_dtype == "bfloat16" else unit.wide)
+        if unit.zero == 0:
+            send("all_reduce", axis, summed)
+        else:
+            send("reduce_scatter", axis, summed, m if unit.zero >= 2 else 1)
+        if unit.zero == 3 and unit.section != "head":  # layers once more in the backward, a tied embedding for the head
+            send("all_gather", axis, unit.itemsize * unit.size, m * (1 + (unit.section == "layer" or unit.is_tied)))
+        elif unit.zero:
+            send("all_gather", axis, unit.itemsize * unit.size)
+        send("all_reduce", "tp", unit.wide * unit.partial_entries(self.replica))
+
+    def rollout_traffic(self, send) -> Counter:
+        """Sampling, whole weights for it, and the forwards that describe what was sampled."""
+        found: Counter = Counter()
+        job, role = self.job, self.job.policy
+        if not job.rollout:
+            return found
+        share = -(-job.rollout // (self.dp * self.pp))
+        states = role.itemsize * role.config.hidden_size * share * (job.seq_len - 1)
+        send("all_reduce", "tp", states, 2 * role.config.num_layers + 1, found)
+        blocks = padded_vocab_size(role.config.vocab_size, self.tp) // VOCAB_MULTIPLE
+        drawn = share * job.new_tokens
+        send("all_reduce", "tp", (4 + 16) * drawn, 1, found)  # the largest logit; id and logit of what was drawn
+        send("all_gather", "tp", 8 * blocks * drawn, 2, found)
+        passes = -(-job.described // (self.dp * job.microbatch))
+        for name, each in job.roles.items():
+            if each.config and each.in_units:
+                self.send_forwards(name, each, passes, found, send)
+        whole = [unit for unit in self.units[next(iter(self.decoders))] if unit.zero == 3]
+        for unit in whole:
+            send("all_gather", "dp", unit.itemsize * unit.size, 1, found)
+        if self.pp > 1:  # folded: every stage gets the layers of all
+            found["pp", "broadcast"] += self.rollout()["gathered weights"] * (self.pp - 1) // self.pp
+        return found
+
+    def send_forwards(self, name: str, role: Role, passes: int, found: Counter, send) -> None:
+        """What forward passes over micro-batches cost without gradient."""
+        states, n = role.itemsize * self.tokens * role.config.hidden_size, self.num_layers(role)
+        if self.shards_tokens:
+            send("all_gather", "tp", states, passes * (2 * n + self.is_last), found)
+            send("reduce_scatter", "tp", states, passes * (2 * n + self.is_first), found)
+        else:
+            send("all_reduce", "tp", states, passes * (2 * n + self.is_first), found)
+        if role.lm_head and self.is_last:
+            send("all_reduce", "tp", 4 * max(role.itemsize, 4) * self.scored, passes, found)
+        for unit in self.units[name]:
+            if unit.zero == 3:
+                axis = "dp" if unit.replicas == self.dp else "folded"
+                send("all_gather", axis, unit.itemsize * unit.size, passes * (1 + unit.is_tied), found)

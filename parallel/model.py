@@ -275,14 +275,15 @@ class Decoder(nn.Module):
         config, tp = self.config, self.mesh.tp
         shape, num_tokens = input_ids.shape, input_ids.numel()
         token_ids, positions = input_ids.flatten(), position_ids.flatten()
+        sharded_tokens = self.mesh.sequence_parallel and kv_cache is None
+        padding = -num_tokens % tp.size if sharded_tokens else 0  # every rank holds as many tokens
+        if padding:
+            token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
         tables = None
         if config.rotary_dim:
             dtype = self.embedding.weight.dtype
             tables = tuple(table.to(dtype)[:, None] for table in rotary_tables(config, positions))
-        sharded_tokens = self.mesh.sequence_parallel and kv_cache is None
-        padding = -num_tokens % tp.size if sharded_tokens else 0  # every rank holds as many tokens
         if sharded_tokens:
-            token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
             positions = positions.chunk(tp.size)[tp.rank]
         self.enter(0, None)
         x = self.embedding(token_ids, sharded_tokens)  # [tokens, hidden_size], or [tokens / tp, hidden_size]

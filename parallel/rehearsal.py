@@ -23,13 +23,14 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.attention import Visible
 from parallel.collectives import groups, traffic
-from parallel.data_parallel import DataParallel, data_parallel
+from parallel.data_parallel import data_parallel
 from parallel.footprint import Job, Role, Stage
 from parallel.generation import NUM_SLOTS, PREFILL_TOKENS, KVCache, Sampling, lm_logits, prefill, sample_tokens
 from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.model import Decoder, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.plan import measure_states
 from parallel.reshard import rollout_weights
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
 
@@ -145,7 +146,7 @@ def rehearse(job: Job, layout: Layout, world_size: int, rank: int = 0, make_loss
         roles = {name: make_role(role, mesh) for name, role in job.roles.items() if role.in_units}
         model = data_parallel(roles, mesh, layout)
         optimizer = AdamW(model, 1e-3)
-        states = measure_states(model, optimizer)
+        states = measure_states(model.units, optimizer)
         loss_fn = (make_loss or make_default_loss)(roles, mesh)
 
         def microbatch() -> dict[str, Tensor]:
@@ -215,20 +216,3 @@ def play_rollout(job: Job, stage: Stage, policy: Decoder, ledger: Ledger) -> Non
             hidden = policy(tokens, tokens, tokens, cache)[:, 0]
             sample_tokens(lm_logits(policy, hidden), torch.zeros(slots), Sampling(), None, policy.mesh.tp)
     ledger.number = 0
-
-
-def measure_states(model: DataParallel, optimizer: AdamW) -> tuple[int, int, int]:
-    """Bytes of the storages of weights, gradients and optimizer state that are allocated."""
-    weights = [x for unit in model.units for x in (unit.flat, *unit.parameters)]
-    gradients = [unit.flat_grad for unit in model.units if unit.trainable]
-    state = [x for of_unit in optimizer.state.values() for x in of_unit.values()]
-    seen: set[int] = set()
-    totals = []
-    for tensors in (weights, gradients, state):
-        total = 0
-        for storage in (x.untyped_storage() for x in tensors):
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
-                total += storage.nbytes()
-        totals.append(total)
-    return tuple(totals)

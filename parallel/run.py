@@ -36,7 +36,14 @@ from parallel.mesh import Mesh
 # flags whose change leaves the rest of a run as it would have been
 HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size"}
 HARMLESS |= {f"layout.{name}" for name in ("dp", "tp", "sequence_parallel", "zero", "recompute")}
-SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say how to start, not what to run
+SILENT = {
+    "output_dir",
+    "resume",
+    "overwrite",
+    "allow_change",
+    "plan",
+    "world_size",
+}  # flags that say how to start, not what to run
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to report an error that all of them have
