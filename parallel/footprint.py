@@ -299,6 +299,8 @@ class Stage:
         saved = state * (1 if config.parallel_residual else 2)
         saved += heads + e * self.places * local.num_heads * config.head_dim
         saved += 4 * self.places * local.num_heads + e * self.places * self.job.seq_len  # logarithms of sums; mask
+        if tokens > self.places:  # attention's result once more, padded
+            saved += e * tokens * local.num_heads * config.head_dim
         if config.qk_norm:
             saved += heads + max(e, 4) * tokens * num_normed
         expanded = e * tokens * local.ffn_size * (1 + config.gated)
@@ -318,18 +320,21 @@ class Stage:
         for role in self.decoders.values():
             config = role.config
             saved += self.num_layers(role) * self.saved_by_layer(role, self.layout.recompute)
-            saved += role.itemsize * self.tokens * config.rotary_dim  # cosines and sines
+            saved += role.itemsize * self.tokens * 2 * -(-config.rotary_dim // 2)  # cosines and sines
             if self.is_first:
-                saved += self.tokens * (8 + (self.tp > 1)) + 8 * self.tokens_local * config.learned_positions
+                saved += self.tokens * (8 + (self.tp > 1) + 8 * config.learned_positions)
         return saved
+
+    def last_state(self, role: Role) -> int:
+        """Bytes that the final norm keeps: its input."""
+        return role.itemsize * self.tokens_local * role.config.hidden_size + self.statistics(role)
 
     def saved_by_heads(self) -> int:
         """Bytes that the heads on the last stage keep of a micro-batch: states of scored tokens, and what they make."""
         n, trunk, saved = self.scored, self.job.policy, 0
         for role in self.trained.values():
-            if role.config:  # the final norm's input; states, their indices and log-probabilities
-                saved += role.itemsize * self.tokens_local * role.config.hidden_size + self.statistics(role)
-                saved += n * (role.itemsize * role.config.hidden_size + 40)
+            if role.config:  # with states, their indices and log-probabilities
+                saved += self.last_state(role) + n * (role.itemsize * role.config.hidden_size + 40)
             elif role.itemsize > trunk.itemsize:  # reads a wider copy of the states
                 saved += n * role.itemsize * trunk.config.hidden_size
             inner = [shape[0] for shape in role.shapes if len(shape) == 2 and shape[0] not in ("vocab", 1)]
@@ -369,11 +374,10 @@ class Stage:
             gathered = sum(unit.itemsize * unit.size for unit in outputs if unit.zero == 3)
             for product in self.vocabulary_products():
                 working, summing = self.head_backward(*product)
-                both = {"gathered weights": gathered}
-                moments.append(
-                    both | {"activations": saved + self.saved_by_heads() + absent, "working memory": working}
-                )
-                moments.append(both | {"activations": saved + absent, "working memory": summing})
+                lying = saved + absent + self.saved_by_heads()
+                moments.append({"activations": lying, "working memory": working, "gathered weights": gathered})
+                lying = saved + absent + sum(map(self.last_state, self.decoders.values()))
+                moments.append({"activations": lying, "working memory": summing, "gathered weights": gathered})
         if self.layout.reduce_dtype == "bfloat16":
             buckets = sum(2 * unit.size for unit in units if unit.zero < 2 and unit.replicas > 1)
             last = [self.embedding_backward(name, role) for name, role in self.decoders.items() if self.is_first]
@@ -432,13 +436,15 @@ class Stage:
         chunk = min(n, max(CHUNK_ELEMENTS // rows, 1))
         copies = wide * (1 + (n > chunk)) + e * (e < wide)  # of logits: weighted, again, rounded
         working = copies * chunk * rows + (wide + e) * rows * width + e * n * width
-        return working, wide * (rows * width + unit.size) if unit.zero >= 2 else 0
+        summing = wide * (rows * width + unit.size) + e * n * width if unit.zero >= 2 else 0
+        return working, summing
 
     def forward(self, role: Role, tokens: int, share: float = 1.0) -> int:
         """Bytes of a forward pass without gradient; share: of the tokens that lie here between the matrices."""
         config, local = role.config, role.config.shard(self.tp)
         states = 1 + 2 * share * (1 + (self.tp > 1))  # a product; layer and residual stream, their sums and biased sums
-        return int(role.itemsize * tokens * ((2 + config.gated) * local.ffn_size + config.hidden_size * states))
+        heads = (local.num_heads + 2 * local.num_kv_heads) * config.head_dim
+        return int(role.itemsize * tokens * ((2 + config.gated) * local.ffn_size + config.hidden_size * states + heads))
 
     def rollout(self) -> dict[str, int]:
         """Bytes beside what is held while sequences are generated; stages work as replicas (folded)."""

@@ -182,7 +182,7 @@ def describe_plan(job: Job, layout: Layout, world_size: int, gib: float) -> str:
     where = f", of stage {found.stage}, which holds most" if stage.pp > 1 else ""
     lines = [
         f"{flags(layout)} on {world_size} ranks: data parallel {stage.dp}",
-        f"an optimizer step: {stage.num_microbatches} micro-batches of {stage.rows} sequences of {job.seq_len:,} tokens",
+        f"an optimizer step: {stage.num_microbatches} micro-batches x {stage.rows} sequences x {job.seq_len:,} tokens",
         f"bytes of a rank{where}",
         *memory_lines(found),
     ]
