@@ -61,7 +61,7 @@ from parallel.generation import EVALUATION, Sampling, generate, lm_logits, stop_
 from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
-from parallel.plan import print_plan, read_config
+from parallel.plan import describe_memory, print_plan, read_config
 from parallel.reshard import rollout_weights
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
@@ -551,6 +551,7 @@ def main(args: Args) -> None:
                 f"{sum(p.numel() for head in heads.values() for p in head.parameters()):,} in the heads, {args.dtype}",
             ),
             ("layout", mesh.describe()),
+            ("memory", describe_memory(model, optimizer)),
             (
                 "batch",
                 f"{args.batch_size} dialogues a step = {mesh.dp.size} ranks x "

@@ -58,7 +58,7 @@ from parallel.mesh import Layout, RankError, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
-from parallel.plan import print_plan, read_config
+from parallel.plan import describe_memory, print_plan, read_config
 from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model
 from parallel.rows import load_rows, resolve_model
@@ -644,6 +644,7 @@ def main(args: Args) -> None:
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,} in the policy, {args.dtype}"),
             ("layout", mesh.describe()),
+            ("memory", describe_memory(model, optimizer)),
             *describe_batch(args, mesh.dp.size),
             ("data", f"{len(prompts)} prompts, {len(eval_prompts)} for evaluation; reward {args.reward}"),
         ]

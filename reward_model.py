@@ -41,7 +41,7 @@ from parallel.mesh import Layout, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
-from parallel.plan import print_plan, read_config
+from parallel.plan import describe_memory, print_plan, read_config
 from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model, pack_sequences, read_scores, save_reward_model
 from parallel.rows import Row, load_rows, resolve_model, warn
@@ -398,6 +398,7 @@ def main(args: Args) -> None:
             ("model", f"{args.model}, {reward_model.config.num_layers} layers, {reward_model.config.hidden_size} wide"),
             ("parameters", f"{reward_model.num_parameters:,} without LM head, {args.dtype}"),
             ("layout", mesh.describe()),
+            ("memory", describe_memory(model, optimizer)),
             (
                 "batch",
                 f"{args.batch_size} pairs a step = {mesh.dp.size} ranks x "

@@ -29,7 +29,7 @@ from parallel.footprint import Job, Role
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
-from parallel.plan import print_plan, read_config
+from parallel.plan import describe_memory, print_plan, read_config
 from parallel.reshard import rollout_weights
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, check_flags, launch
@@ -189,6 +189,7 @@ def main(args: Args) -> None:
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,}, {args.dtype}"),
             ("layout", mesh.describe()),
+            ("memory", describe_memory(model, optimizer)),
             (
                 "batch",
                 f"{args.batch_size} demonstrations a step = {mesh.dp.size} ranks x "

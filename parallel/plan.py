@@ -66,12 +66,12 @@ def explain_oom(args) -> str:
     return "\n".join([*lines, "  a smaller --microbatch-size, shorter sequences, or more ranks"])
 
 
-def describe_memory(model: DataParallel, optimizer: AdamW) -> tuple[str, str]:
-    """A line of a run's opening block: what this rank holds, measured from the tensors themselves."""
+def describe_memory(model: DataParallel, optimizer: AdamW) -> str:
+    """For a run's opening block: what this rank holds, measured from the tensors themselves."""
     weights, gradients, state = measure_states(model.units, optimizer)
     frozen = measure_states([unit for unit in model.units if not unit.trainable], None)[0]
     parts = {"weights": weights - frozen, "gradients": gradients, "optimizer": state, "frozen models": frozen}
-    return "memory", ", ".join(f"{name} {show(n)}" for name, n in parts.items() if n) + " a rank"
+    return ", ".join(f"{name} {show(n)}" for name, n in parts.items() if n) + " on a rank"
 
 
 def measure_states(units, optimizer: AdamW | None) -> tuple[int, int, int]:
@@ -200,10 +200,6 @@ def describe_plan(job: Job, layout: Layout, world_size: int, gib: float) -> str:
     lines.append(f"layouts that fit {gib:g} GiB a rank, by the estimated time of a step")
     lines += [f"  {option}" for option in fitting[:SHOWN]]
     best = fitting[0]
-    least = min(fitting, key=lambda option: sum(option.seconds.values()) - option.seconds["work"])
-    reason = (
-        "the least traffic of all that fit"
-        if best is least
-        else "the shortest step: less work or idle time outweighs its traffic"
-    )
+    is_least = best is min(fitting, key=lambda option: sum(option.seconds.values()) - option.seconds["work"])
+    reason = "least time for traffic" if is_least else "shortest step: less work or idle time outweighs its traffic"
     return "\n".join([*lines, f"recommended: {flags(best.layout)}, {reason}"])

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import torch
@@ -107,6 +108,7 @@ def fake_world(layout: Layout, world_size: int, rank: int, num_chosen: int) -> I
         mock.patch.object(Visible, "is_plain_causal", False),
         mock.patch("kernels.attention.EXPLICIT_MAX_LEN", 0),
         mock.patch.object(FakeTensor, "data_ptr", lambda self: 0),
+        mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, _: self, create=True),  # with a copied tensor
         mock.patch.object(torch.UntypedStorage, "resize_", resize_seen),
     ]
     with contextlib.ExitStack() as stack:
@@ -135,16 +137,24 @@ class Rehearsal:
     rollout_traffic: dict[tuple[str, str], int]
 
 
-def rehearse(job: Job, layout: Layout, world_size: int, rank: int = 0, make_loss: Callable | None = None) -> Rehearsal:
+def rehearse(
+    job: Job,
+    layout: Layout,
+    world_size: int,
+    rank: int = 0,
+    make_loss: Callable | None = None,
+    make_modules: Callable | None = None,
+) -> Rehearsal:
     """Plays a rank's optimizer step and the forwards of a generation.
 
-    Args: make_loss: roles, mesh -> loss_fn of `forward_backward`; None: log-probabilities, entropies and scalar heads.
+    Args: make_modules: mesh -> the modules of the roles; None: decoders and scalar heads. make_loss: modules, mesh ->
+        loss_fn of `forward_backward`; None: log-probabilities, entropies and scalar heads.
     """
     stage = Stage(job, layout, world_size)
     shape = stage.rows, job.seq_len
     with fake_world(layout, world_size, rank, stage.scored) as (mesh, ledger):
-        roles = {name: make_role(role, mesh) for name, role in job.roles.items() if role.in_units}
-        model = data_parallel(roles, mesh, layout)
+        roles = (make_modules or partial(make_default_modules, job.roles))(mesh)
+        model = data_parallel({name: roles[name] for name in roles if job.roles[name].in_units}, mesh, layout)
         optimizer = AdamW(model, 1e-3)
         states = measure_states(model.units, optimizer)
         loss_fn = (make_loss or make_default_loss)(roles, mesh)
@@ -164,6 +174,10 @@ def rehearse(job: Job, layout: Layout, world_size: int, rank: int = 0, make_loss
         if job.rollout:
             play_rollout(job, stage, next(roles[name] for name in stage.decoders), ledger)
         return Rehearsal(*states, update, ledger.peak, dict(step_traffic), dict(Counter(traffic()) - before))
+
+
+def make_default_modules(roles: dict[str, Role], mesh: Mesh) -> dict[str, nn.Module]:
+    return {name: make_role(role, mesh) for name, role in roles.items() if role.in_units}
 
 
 def make_role(role: Role, mesh: Mesh) -> nn.Module:

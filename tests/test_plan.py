@@ -1,6 +1,11 @@
 """The plan against what is allocated and sent: on real ranks in integers, on tensors without contents within 1 %."""
 
 import contextlib
+import importlib
+import json
+import os
+import re
+import shlex
 import time
 from collections import Counter
 from dataclasses import replace
@@ -8,23 +13,21 @@ from unittest import mock
 
 import pytest
 import torch
+import tyro
 
 from kernels.attention import Visible
 from parallel.collectives import traffic
 from parallel.data_parallel import data_parallel
 from parallel.families import config_from_hf
-from parallel.footprint import Job, Role, Stage, scalar_head
+from parallel.footprint import Job, Role, Stage, memory, scalar_head
 from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
-from parallel.plan import (
-    describe_memory,
-    measure_states,
-    read_config,
-)
+from parallel.plan import GIB, describe_memory, explain_oom, measure_states, options, read_config, recommend
 from parallel.rehearsal import make_default_loss, rehearse
 from tests.ranks import run_ranks
+from tests.scripts import ROOT
 from tests.test_layouts import CASES
 
 ROWS, SEQ_LEN = 2, 31  # of a micro-batch; under sequence parallelism over 4 ranks two of its tokens are padding
@@ -60,7 +63,7 @@ def allocated(case, layout, dtype):
     config, model, optimizer = make_model(case, layout, dtype)
     stage = Stage(make_job(config, dtype.itemsize, dp=model.mesh.dp.size), layout, model.mesh.world_size)
     states = [unit.state() for units in stage.units.values() for unit in units]
-    text = describe_memory(model, optimizer)[1]
+    text = describe_memory(model, optimizer)
     return measure_states(model.units, optimizer), tuple(map(sum, zip(*states, strict=True))), text
 
 
@@ -156,13 +159,13 @@ def test_saved_activations_are_their_formula(case, tp):
 
 # --- rehearsals ------------------------------------------------------------------------------------------------------
 
-PYTHIA = replace(read_config("tests/configs/gpt-neox-20b"), num_layers=10, hidden_size=2048, num_heads=16)
+PYTHIA = replace(read_config(f"{ROOT}/tests/configs/gpt-neox-20b"), num_layers=8, hidden_size=2048, num_heads=16)
 PYTHIA = replace(PYTHIA, num_kv_heads=16, head_dim=128, ffn_size=8192, rotary_dim=32)
-GPT2 = replace(config_from_hf(CASES["gpt2"], "test")[0], num_layers=10, hidden_size=1024, num_heads=16, num_kv_heads=16)
+GPT2 = replace(config_from_hf(CASES["gpt2"], "test")[0], num_layers=8, hidden_size=1024, num_heads=16, num_kv_heads=16)
 GPT2 = replace(GPT2, head_dim=64, ffn_size=4096, vocab_size=50257, max_seq_len=1024)
-QWEN = replace(config_from_hf(CASES["qwen3"], "test")[0], num_layers=10, hidden_size=2048, num_heads=16, num_kv_heads=8)
+QWEN = replace(config_from_hf(CASES["qwen3"], "test")[0], num_layers=8, hidden_size=2048, num_heads=16, num_kv_heads=8)
 QWEN = replace(QWEN, head_dim=128, ffn_size=6144, vocab_size=151936)
-LLAMA = replace(read_config("tests/configs/llama-2-70b"), num_layers=6)
+LLAMA = replace(read_config(f"{ROOT}/tests/configs/llama-2-70b"), num_layers=6)
 CELLS = {
     "gpt2": (GPT2, 1, Layout(), 2),
     "gpt2, shared": (GPT2, 4, Layout(tp=2, zero=2, recompute="selective"), 2),
@@ -199,17 +202,162 @@ def test_plan_equals_a_rehearsal(cell):
 
 
 BIG = {
-    "gpt-neox-20b on 8": ("gpt-neox-20b", 8, Layout(tp=8)),
     "gpt-neox-20b on 96": ("gpt-neox-20b", 96, Layout(tp=8, zero=1, recompute="selective")),
+    "llama-3-70b on 512": ("llama-3-70b", 512, Layout(tp=8, zero=1)),
+    "gpt-neox-20b on 8": ("gpt-neox-20b", 8, Layout(tp=8)),
     "llama-2-70b on 512": ("llama-2-70b", 512, Layout(tp=8, zero=3, recompute="full")),
-    "llama-3-70b on 512": ("llama-3-70b", 512, Layout(tp=8, zero=1, recompute="full")),
+    "llama-3-70b on 512, recomputed": ("llama-3-70b", 512, Layout(tp=8, zero=2, recompute="full")),
 }
+ALL = pytest.mark.skipif(not os.environ.get("ALL_LARGE_MODELS"), reason="half a minute: set ALL_LARGE_MODELS=1")
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", [*list(BIG)[:2], *(pytest.param(name, marks=ALL) for name in list(BIG)[2:])])
 def test_plan_equals_a_rehearsal_of_a_large_model(name):
     folder, ranks, layout = BIG[name]
-    config = read_config(f"tests/configs/{folder}")
+    config = read_config(f"{ROOT}/tests/configs/{folder}")
     started = time.process_time()
     check(config, ranks, layout, seq_len=config.max_seq_len, rows=1, num_microbatches=1 + (layout.zero > 1))
     assert time.process_time() - started < 20
+
+
+# --- choosing, and what a user sees ----------------------------------------------------------------------------------
+
+NEOX = read_config(f"{ROOT}/tests/configs/gpt-neox-20b")
+
+
+def test_recommended_layouts_fit():
+    job = make_job(NEOX, 2, seq_len=2048, num_microbatches=8, dp=12, rows=1)
+    found = recommend(job, Layout(), 96, 80)
+    every = {str(option.layout): option for option in options(job, Layout(), 96)}
+    assert 0 < len(found) < len(every)
+    for option in found:
+        assert memory(job, option.layout, 96).total == option.memory.total <= 80 * GIB
+    assert all(
+        option.memory.total > 80 * GIB
+        for name, option in every.items()
+        if name not in map(str, (x.layout for x in found))
+    )
+    seconds = [sum(option.seconds.values()) for option in found]
+    assert seconds == sorted(seconds)
+
+
+def test_what_divides_more_holds_less():
+    job = make_job(NEOX, 2, seq_len=2048, num_microbatches=8, dp=12, rows=1)
+
+    def total(**changes):
+        return memory(job, Layout(**{"tp": 8, **changes}), 96).total
+
+    assert total() > total(zero=1) > total(zero=2) > total(zero=3)
+    assert total() > total(recompute="selective") > total(recompute="full")
+    assert total(sequence_parallel=False) > total() and total(tp=4) > total()
+
+
+SCRIPTS = ("sft", "ppo", "reward_model", "ilql")
+
+
+def plan_of(script, *flags):
+    """Calls a script's main as the command line does."""
+    module = importlib.import_module(script)
+    module.main(tyro.cli(module.Args, args=[str(flag) for flag in flags]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_print_their_plan(script, tmp_path, capsys, monkeypatch):
+    """From a config alone, in an empty folder in which nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CASES["qwen3"]))
+    flags = ["--model", folder, "--world-size", 4, "--layout.tp", 2, "--layout.zero", 1, "--plan", 24]
+    plan_of(script, *flags, *(("--reward", folder, "--value-model", "copy") if script == "ppo" else ()))
+    out = capsys.readouterr().out
+    words = ["weights", "gradients", "optimizer", "+ in the update", "tp all_gather", "recommended: --layout.tp"]
+    words += {"sft": [], "ppo": ["ref policy", "KV cache", "value model", "reward model", "+ in the score"]}.get(
+        script, ["head"]
+    )
+    assert all(word in out for word in words), out
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_heads_of_ilql_are_counted():
+    """Roles as ilql.py makes them: states in integers, a step's peak within 1 %."""
+    ilql = importlib.import_module("ilql")
+    args = ilql.Args(
+        model=f"{ROOT}/tests/configs/gpt-neox-20b", dtype="bfloat16", batch_size=2, microbatch_size=1, max_len=512
+    )
+    job = replace(args.job(), rollout=0)
+    config = replace(PYTHIA, num_layers=4)
+    n = config.hidden_size
+    swap = {6144: n, 12288: 2 * n}
+    roles = {
+        name: replace(
+            role,
+            config=config if role.config else None,
+            shapes=tuple(tuple(swap.get(x, x) for x in shape) for shape in role.shapes),
+        )
+        for name, role in job.roles.items()
+    }
+    job = replace(job, roles=roles)
+
+    def make_modules(mesh):
+        policy = Decoder(config, mesh, torch.bfloat16, seed=None)
+        return {"policy": policy, **ilql.make_heads(config, args, torch.bfloat16, mesh)}
+
+    def make_loss(roles, mesh):
+        def loss_fn(microbatch):
+            fields = {name: torch.zeros(microbatch["input_ids"].shape) for name in ("rewards",)}
+            fields |= {name: microbatch["mask"] for name in ("action_mask", "terminal")}
+            targets = roles["target_q_heads"]
+            return ilql.ilql_loss({**microbatch, **fields}, roles, targets, args, 100)
+
+        return loss_fn
+
+    layout = Layout(tp=2, zero=1)
+    found = rehearse(job, layout, 4, make_loss=make_loss, make_modules=make_modules)
+    held = memory(job, layout, 4)
+    states = sum(nbytes for name, nbytes in held.held.items() if name not in ("CUDA context", "target q heads"))
+    assert states == found.weights + found.gradients + found.optimizer
+    total = sum(held.phases["update"].values()) + states + held.held["target q heads"]
+    assert total == pytest.approx(found.update, rel=0.01)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_impossible_plans_are_refused(script, tmp_path):
+    model = ROOT / "tests/configs/gpt-neox-20b"
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        plan_of(script, "--model", tmp_path, "--plan", 80, "--world-size", 8)
+    with pytest.raises(ValueError, match="--layout.tp 5 does not divide the 8 processes"):
+        plan_of(script, "--model", model, "--plan", 80, "--world-size", 8, "--layout.tp", 5)
+    with pytest.raises(ValueError, match="--layout.tp 7 does not divide 64 heads"):
+        plan_of(script, "--model", model, "--plan", 80, "--world-size", 7, "--layout.tp", 7, "--batch-size", 128)
+    with pytest.raises(ValueError, match="no multiple of 9 replicas"):
+        plan_of(script, "--model", model, "--plan", 80, "--world-size", 9, "--batch-size", 128)
+    with pytest.raises(ValueError, match="--plan -1 should be a number of at least 0"):
+        importlib.import_module(script).Args(plan=-1)
+
+
+def test_a_plan_that_fits_nowhere_says_so(capsys):
+    model = ROOT / "tests/configs/llama-2-70b"
+    plan_of("sft", "--model", model, "--plan", 24, "--world-size", 4, "--dtype", "bfloat16")
+    assert "no layout of 4 ranks fits 24 GiB: take more ranks" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_explained(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    sft = importlib.import_module("sft")
+    args = sft.Args(model=str(ROOT / "tests/configs/gpt-neox-20b"), dtype="bfloat16", batch_size=64, microbatch_size=8)
+    text = explain_oom(args)
+    assert "optimizer" in text and "smaller --microbatch-size" in text
+    assert "--layout.tp 8 --layout.zero 0 --layout.recompute full" in text
+
+
+def test_the_readme_shows_this_plan(capsys):
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Memory before the run") :]
+    command, shown = re.findall(r"```\n(.*?)```", section, re.DOTALL)[:2]
+    script, *flags = shlex.split(command.replace("\\\n", " "))[1:]
+    with contextlib.chdir(ROOT):
+        plan_of(script.removesuffix(".py"), *flags)
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in shown.splitlines() if line != "..."]
+    assert len(lines) > 10 and [line for line in printed if line in lines] == lines
