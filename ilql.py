@@ -56,10 +56,12 @@ from parallel.data import (
     split_turns,
 )
 from parallel.data_parallel import data_parallel
+from parallel.footprint import Job, Role
 from parallel.generation import EVALUATION, Sampling, generate, lm_logits, stop_at
 from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward
+from parallel.plan import describe_memory, print_plan
 from parallel.reshard import rollout_weights
 from parallel.rows import Row, load_rows, resolve_model, warn
 from parallel.run import Run, check_flags, launch
@@ -148,10 +150,14 @@ class Args:
     optim: Optim = field(default_factory=partial(Optim, lr=1e-3, schedule="cosine"))
     sampling: Sampling = field(default_factory=Sampling)
     layout: Layout = field(default_factory=Layout)
+    plan: float = 0.0
+    """GiB of a rank: prints what a run of these flags would hold and send, which layouts fit, and ends; 0 = train"""
+    world_size: int = 0
+    """ranks that --plan is for; 0 = those started"""
 
     def __post_init__(self):
         counts = "batch_size microbatch_size eval_every save_every log_every target_sync_steps"
-        zero = "max_steps max_len eval_samples gamma cql_coef awac_coef awac_beta rollout_timeout"
+        zero = "max_steps max_len eval_samples gamma cql_coef awac_coef awac_beta rollout_timeout plan world_size"
         check_flags(self, {1: counts, 0: zero})
         if not 0 < self.expectile < 1:
             raise ValueError(f"--expectile {self.expectile} is not between 0 and 1; 0.5 is the mean")
@@ -161,6 +167,21 @@ class Args:
             raise ValueError(f"--advantage-scales {self.advantage_scales} should be finite numbers, at least one")
         if len({f"{scale:g}" for scale in self.advantage_scales}) < len(self.advantage_scales):
             raise ValueError(f"--advantage-scales {self.advantage_scales} holds a scale twice")
+
+    def job(self) -> Job:
+        """What --plan counts."""
+        config, itemsize = read_config(self.model), getattr(torch, self.dtype).itemsize
+        wide, n = max(itemsize, 4), config.hidden_size
+        q_heads = (((2 * n, n), (2 * n,), ("vocab", 2 * n), ("vocab",))) * self.num_q_heads
+        roles = {
+            "policy": Role(config, itemsize),
+            "q_heads": Role(None, itemsize, shapes=q_heads),
+            "value_head": Role(None, wide, shapes=((2 * n, n), (2 * n,), (1, 2 * n), (1,))),
+            "target_q_heads": Role(None, wide, trainable=False, shapes=q_heads, in_units=False),
+        }
+        seq_len, new_tokens = min(self.max_len or config.max_seq_len, config.max_seq_len), self.sampling.max_new_tokens
+        rollout = {"rollout": self.eval_samples, "new_tokens": new_tokens}
+        return Job(roles, self.batch_size, self.microbatch_size, seq_len, scored=seq_len - 1, **rollout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,6 +493,8 @@ class Progress:
 
 
 def main(args: Args) -> None:
+    if args.plan:
+        return print_plan(args)
     folder = resolve_model(args.model)
     mesh = init_mesh(args.layout, read_config(folder), (args.batch_size, args.microbatch_size))
     run = Run("ilql", args, mesh)
@@ -519,6 +542,7 @@ def main(args: Args) -> None:
                 f"{sum(p.numel() for head in heads.values() for p in head.parameters()):,} in the heads, {args.dtype}",
             ),
             ("layout", mesh.describe()),
+            ("memory", describe_memory(model, optimizer)),
             (
                 "batch",
                 f"{args.batch_size} dialogues a step = {mesh.dp.size} ranks x "

@@ -31,6 +31,7 @@ import warnings
 import zlib
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -46,11 +47,13 @@ from parallel.data import (
     rows_at,
 )
 from parallel.data_parallel import data_parallel
+from parallel.footprint import Job, Role, scalar_head
 from parallel.generation import EVALUATION, ROLLOUT, Sampling, generate, stop_at
 from parallel.mesh import Layout, RankError, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward, forward_folded, forward_only
+from parallel.plan import describe_memory, print_plan
 from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model
 from parallel.rows import load_rows, resolve_model
@@ -159,11 +162,16 @@ class Args:
     optim: Optim = field(default_factory=partial(Optim, lr=2e-4, schedule="linear"))
     sampling: Sampling = field(default_factory=Sampling)
     layout: Layout = field(default_factory=Layout)
+    plan: float = 0.0
+    """GiB of a rank: prints what a run of these flags would hold and send, which layouts fit, and ends; 0 = train"""
+    world_size: int = 0
+    """ranks that --plan is for; 0 = those started"""
 
     def __post_init__(self):
         counts = "batch_size minibatch_size microbatch_size samples_per_prompt epochs eval_every save_every log_every"
         zero = "prompt_tokens max_iterations eval_samples value_warmup_iterations eval_temperature gamma gae_lambda"
         zero += " rollout_timeout clip_range value_clip_range value_coef max_kl kl_coef kl_target score_clip value_lr"
+        zero += " plan world_size"
         check_flags(self, {1: counts, 0: zero})
         if self.kl_target and not self.kl_coef:
             raise ValueError("--kl-target steers --kl-coef by factors: with --kl-coef 0 it would stay 0")
@@ -177,6 +185,25 @@ class Args:
             raise ValueError(f"--advantage {self.advantage} compares samples of a prompt: --samples-per-prompt >= 2")
         if self.sampling.temperature == 0:
             raise ValueError("--sampling.temperature 0 is greedy; rollouts need a temperature above 0")
+
+    def job(self) -> Job:
+        """What --plan counts."""
+        config, itemsize = read_config(self.model), getattr(torch, self.dtype).itemsize
+        roles = {"policy": Role(config, itemsize)}
+        if self.kl_coef:
+            roles["ref_policy"] = Role(config, itemsize, trainable=False)
+        if self.advantage == "gae":
+            if self.value_model != "head":
+                value_config = config if self.value_model == "copy" else read_config(self.value_model)
+                roles["value_model"] = Role(value_config, itemsize, lm_head=self.value_model == "copy")
+            roles["value_head"] = scalar_head(config.hidden_size, itemsize)
+        if Path(self.reward).is_dir():
+            reward_config = read_config(self.reward)
+            roles["reward model"] = Role(reward_config, itemsize, trainable=False, lm_head=False, in_units=False)
+        new_tokens = self.sampling.max_new_tokens
+        seq_len = min(self.prompt_tokens + new_tokens if self.prompt_tokens else math.inf, config.max_seq_len)
+        rollout = {"rollout": self.batch_size, "new_tokens": new_tokens, "described": self.batch_size}
+        return Job(roles, self.minibatch_size, self.microbatch_size, seq_len, scored=new_tokens, **rollout)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -573,6 +600,8 @@ def make_value_function(source, policy, tokenizer, mesh, dtype):
 
 
 def main(args: Args) -> None:
+    if args.plan:
+        return print_plan(args)
     folder = resolve_model(args.model)
     mesh = init_mesh(args.layout, read_config(folder), (args.minibatch_size, args.microbatch_size))
     run = Run("ppo", args, mesh)
@@ -622,6 +651,7 @@ def main(args: Args) -> None:
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,} in the policy, {args.dtype}"),
             ("layout", mesh.describe()),
+            ("memory", describe_memory(model, optimizer)),
             *describe_batch(args, mesh.dp.size),
             ("data", f"{len(prompts)} prompts, {len(eval_prompts)} for evaluation; reward {args.reward}"),
         ]

@@ -36,10 +36,12 @@ from torch import Tensor
 from parallel.checkpoint import load_decoder, read_config
 from parallel.data import check_vocabulary, epoch_order, join_parts, load_tokenizer, rows_at, split_turns
 from parallel.data_parallel import data_parallel
+from parallel.footprint import Job, Role, scalar_head
 from parallel.mesh import Layout, init_mesh
 from parallel.model import ScalarHead
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward, forward_only
+from parallel.plan import describe_memory, print_plan
 from parallel.reshard import rollout_weights
 from parallel.reward import is_reward_model, load_reward_model, pack_sequences, read_scores, save_reward_model
 from parallel.rows import Row, load_rows, resolve_model, warn
@@ -100,9 +102,27 @@ class Args:
     """pairs of a forward and backward, per rank; changes memory and speed only"""
     optim: Optim = field(default_factory=partial(Optim, lr=5e-4, schedule="cosine", warmup_steps=10))
     layout: Layout = field(default_factory=Layout)
+    plan: float = 0.0
+    """GiB of a rank: prints what a run of these flags would hold and send, which layouts fit, and ends; 0 = train"""
+    world_size: int = 0
+    """ranks that --plan is for; 0 = those started"""
 
     def __post_init__(self):
-        check_flags(self, {1: "batch_size microbatch_size eval_every save_every log_every", 0: "max_steps max_len"})
+        check_flags(
+            self,
+            {1: "batch_size microbatch_size eval_every save_every log_every", 0: "max_steps max_len plan world_size"},
+        )
+
+    def job(self) -> Job:
+        """What --plan counts."""
+        config, itemsize = read_config(self.model), getattr(torch, self.dtype).itemsize
+        roles = {
+            "reward_model": Role(config, itemsize, lm_head=False),
+            "reward_head": scalar_head(config.hidden_size, itemsize, bias=False),
+            "reward_head.bias": Role(None, max(itemsize, 4), trainable=False, shapes=((1,),)),
+        }
+        seq_len = min(self.max_len or config.max_seq_len, config.max_seq_len)
+        return Job(roles, 2 * self.batch_size, 2 * self.microbatch_size, seq_len, scored=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,6 +355,8 @@ class Progress:
 
 
 def main(args: Args) -> None:
+    if args.plan:
+        return print_plan(args)
     folder = resolve_model(args.model)
     mesh = init_mesh(args.layout, read_config(folder), (args.batch_size, args.microbatch_size))
     run = Run("reward_model", args, mesh)
@@ -382,6 +404,7 @@ def main(args: Args) -> None:
             ("model", f"{args.model}, {reward_model.config.num_layers} layers, {reward_model.config.hidden_size} wide"),
             ("parameters", f"{reward_model.num_parameters:,} without LM head, {args.dtype}"),
             ("layout", mesh.describe()),
+            ("memory", describe_memory(model, optimizer)),
             (
                 "batch",
                 f"{args.batch_size} pairs a step = {mesh.dp.size} ranks x "

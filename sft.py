@@ -25,9 +25,11 @@ import torch
 from parallel.checkpoint import load_decoder, read_config, save_decoder
 from parallel.data import check_vocabulary, load_tokenizer, pack_batch, pad_batch, rows_at, sft_examples
 from parallel.data_parallel import data_parallel
+from parallel.footprint import Job, Role
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, Optim, clip_grad_norm
 from parallel.pipeline import forward_backward, forward_only
+from parallel.plan import describe_memory, print_plan
 from parallel.reshard import rollout_weights
 from parallel.rows import load_rows, resolve_model
 from parallel.run import Run, check_flags, launch
@@ -83,9 +85,23 @@ class Args:
     """demonstrations of a forward and backward, per rank; changes memory and speed only"""
     optim: Optim = field(default_factory=partial(Optim, lr=1e-3))
     layout: Layout = field(default_factory=Layout)
+    plan: float = 0.0
+    """GiB of a rank: prints what a run of these flags would hold and send, which layouts fit, and ends; 0 = train"""
+    world_size: int = 0
+    """ranks that --plan is for; 0 = those started"""
 
     def __post_init__(self):
-        check_flags(self, {1: "batch_size microbatch_size eval_every save_every log_every", 0: "max_steps max_len"})
+        check_flags(
+            self,
+            {1: "batch_size microbatch_size eval_every save_every log_every", 0: "max_steps max_len plan world_size"},
+        )
+
+    def job(self) -> Job:
+        """What --plan counts."""
+        config = read_config(self.model)
+        seq_len = min(self.max_len or config.max_seq_len, config.max_seq_len)
+        roles = {"policy": Role(config, getattr(torch, self.dtype).itemsize)}
+        return Job(roles, self.batch_size, self.microbatch_size, seq_len, scored=seq_len - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +162,8 @@ class Progress:
 
 
 def main(args: Args) -> None:
+    if args.plan:
+        return print_plan(args)
     folder = resolve_model(args.model)
     mesh = init_mesh(args.layout, read_config(folder), (args.batch_size, args.microbatch_size))
     run = Run("sft", args, mesh)
@@ -174,6 +192,7 @@ def main(args: Args) -> None:
             ("model", f"{args.model}, {policy.config.num_layers} layers, {policy.config.hidden_size} wide"),
             ("parameters", f"{policy.num_parameters:,}, {args.dtype}"),
             ("layout", mesh.describe()),
+            ("memory", describe_memory(model, optimizer)),
             (
                 "batch",
                 f"{args.batch_size} demonstrations a step = {mesh.dp.size} ranks x "

@@ -18,6 +18,7 @@ from parallel.families import config_from_hf, pieces
 from parallel.files import read_json, write_folder, write_json
 from parallel.mesh import Mesh
 from parallel.model import Decoder, DecoderConfig
+from parallel.rows import resolve_model
 from parallel.tensor import fill_local, full_tensor, placements
 
 FILE_BYTES = 5 << 30  # of one file of exported weights
@@ -30,9 +31,25 @@ LM_HEAD = re.compile(r"^(lm_head|embed_out)\.(weight|bias)$")
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
 
 
-def read_config(path_or_id: str) -> DecoderConfig:
-    """The sizes of a model from its folder or hub id, for a layout to be checked before any rank waits for another."""
-    return config_from_hf(read_json(find_folder(path_or_id) / "config.json"), f"{path_or_id}/config.json")[0]
+def read_config(spec: str) -> DecoderConfig:
+    """The config of a model flag: a folder or hub id, of which config.json alone is read, or module:function.
+
+    Raises: FileNotFoundError or ValueError naming what is missing or not implemented.
+    """
+    source = resolve_model(spec)
+    if Path(source).expanduser().exists() or source.count("/") > 1:
+        path = find_folder(source) / "config.json"
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            path = Path(hf_hub_download(source, "config.json"))
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise FileNotFoundError(
+                f"{source} is no folder here, and the hub gives no config.json: {reason}"
+            ) from error
+    return config_from_hf(read_json(path), str(path))[0]
 
 
 def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype, lm_head: bool = True) -> Decoder:

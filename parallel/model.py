@@ -337,19 +337,19 @@ class Decoder(nn.Module):
         config, tp = self.config, self.mesh.tp
         layers = range(config.num_layers) if layers is None else layers
         shape, num_tokens = position_ids.shape, position_ids.numel()
-        positions = position_ids.flatten()
+        sharded_tokens = self.mesh.sequence_parallel and kv_cache is None
+        padding = -num_tokens % tp.size if sharded_tokens else 0  # every rank holds as many tokens
+        positions = F.pad(position_ids.flatten(), (0, padding))
         tables = None
         if config.rotary_dim:
             tables = tuple(table.to(self.dtype)[:, None] for table in rotary_tables(config, positions))
-        sharded_tokens = self.mesh.sequence_parallel and kv_cache is None
-        padding = -num_tokens % tp.size if sharded_tokens else 0  # every rank holds as many tokens
         if layers.start == 0:
             token_ids = F.pad(x.flatten(), (0, padding))
             self.enter(0, None)
             x = self.embedding(token_ids, sharded_tokens)  # [tokens, hidden_size], or [tokens / tp, hidden_size]
             if self.position_embedding is not None:
                 if sharded_tokens:
-                    positions = F.pad(positions, (0, padding)).chunk(tp.size)[tp.rank]
+                    positions = positions.chunk(tp.size)[tp.rank]
                 x = x + self.position_embedding(positions)
         visible = {window: Visible(first_key, window) for window in set(config.windows) or {None}}
         section = list(self.layers).index(str(layers.start))  # the first one here; the input's is 0
@@ -363,7 +363,8 @@ class Decoder(nn.Module):
                     attended = kv_cache.attention(i, heads, visible[config.window(i)])
                 else:
                     attended = attention(*split_heads(heads, layer.config), visible[config.window(i)])
-                return F.pad(attended.reshape(num_tokens, -1), (0, 0, 0, padding))
+                attended = attended.reshape(num_tokens, -1)
+                return F.pad(attended, (0, 0, 0, padding)) if padding else attended  # a pad by 0 is a copy
 
             self.enter(section, x)
             selective = self.recompute == "selective"

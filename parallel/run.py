@@ -37,7 +37,8 @@ from parallel.training_state import Piece, load_training_state
 # flags whose change leaves the rest of a run as it would have been
 HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size", "rollout_timeout"}
 HARMLESS |= {f"layout.{field.name}" for field in dataclasses.fields(Layout)} - {"layout.reduce_dtype"}
-SILENT = {"output_dir", "resume", "overwrite", "allow_change"}  # flags that say how to start, not what to run
+# flags that say how to start, not what to run
+SILENT = {"output_dir", "resume", "overwrite", "allow_change", "plan", "world_size"}
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to report an error that all of them have

@@ -129,6 +129,25 @@ def check_schedule(name: str, num_stages: int, num_microbatches: int, num_chunks
         )
 
 
+def idle_share(name: str, p: int, m: int, v: int = 1, durations: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> float:
+    """Of the time of a step, by the formulas at the head of this file: p stages, m micro-batches, v chunks."""
+    forward, backward, weight = durations
+    if name == "zb_h1":
+        idle = (p - 1) * (forward + backward - weight)
+        return idle / (m * sum(durations) + idle)
+    return (p - 1) / (v * m + p - 1)
+
+
+def peak_in_flight(name: str, stage: int, p: int, m: int, v: int = 1) -> int:
+    """The most chunks whose activations a stage holds at once, likewise."""
+    return {
+        "gpipe": m,
+        "1f1b": min(p - stage, m),
+        "interleaved": min(2 * (p - stage) - 1 + (v - 1) * p, v * m),
+        "zb_h1": min(p, m),
+    }[name]
+
+
 def add_transfers(schedule: list[list[Action]]) -> list[list[Action | Transfer]]:
     """Each stage's actions with its sends and receives between them, in the order in which it issues them.
 

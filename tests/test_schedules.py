@@ -14,8 +14,10 @@ from parallel.schedules import (
     channels_are_ordered,
     check_layers_per_stage,
     check_schedule,
+    idle_share,
     layers_of_stage,
     make_schedule,
+    peak_in_flight,
     simulate,
     split_layers,
     transfers_of,
@@ -42,36 +44,19 @@ def cases(name):
     yield 16, 128, 4 if name == "interleaved" else 1
 
 
-def expected_bubble(name, p, m, v, durations):
-    forward, backward, weight = durations
-    if name != "zb_h1":
-        return (p - 1) / (v * m + p - 1)
-    idle = (p - 1) * (forward + backward - weight)
-    return idle / (m * sum(durations) + idle)
-
-
-def expected_peak(name, p, m, v, stage):
-    return {
-        "gpipe": m,
-        "1f1b": min(p - stage, m),
-        "interleaved": min(2 * (p - stage) - 1 + (v - 1) * p, v * m),
-        "zb_h1": min(p, m),
-    }[name]
-
-
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_matches_formulas(name):
     for p, m, v in cases(name):
         schedule = all_stages(name, p, m, v)
         for durations in DURATIONS if p * m * v < 1000 else DURATIONS[1:]:
             result = simulate(schedule, durations)  # raises unless all work is done, once, without deadlock
-            bubble = expected_bubble(name, p, m, v, durations)
+            bubble = idle_share(name, p, m, v, durations)
             if name == "zb_h1" and m < 2 * p - 1:  # too few micro-batches to fill the cool-down: at least not worse
-                assert bubble - 1e-12 < result.bubble < expected_bubble("1f1b", p, m, v, durations) + 1e-12
+                assert bubble - 1e-12 < result.bubble < idle_share("1f1b", p, m, v, durations) + 1e-12
             else:
                 assert result.bubble == pytest.approx(bubble, rel=0, abs=1e-12), (p, m, v, durations)
             assert result.makespan * (1 - result.bubble) == pytest.approx(v * m * sum(durations))
-        peaks = [expected_peak(name, p, m, v, stage) for stage in range(p)]
+        peaks = [peak_in_flight(name, stage, p, m, v) for stage in range(p)]
         assert result.peak_in_flight == peaks, (p, m, v)
 
 

@@ -1,0 +1,232 @@
+"""Rehearsals: one process plays any rank of any world on tensors without contents, and counts bytes and traffic.
+
+The project's own code runs (decoder, units, backward, clipping, optimizer, KV cache) under torch's FakeTensorMode and a
+process group that sends nothing, so a rank of 512 with a 70B model takes seconds on a laptop. Where that code reads a
+number from a tensor, the ledger answers; the two loops over millions of entries are replaced by single operations.
+"""
+
+import contextlib
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels.attention import Visible
+from parallel.collectives import groups, traffic
+from parallel.data_parallel import data_parallel
+from parallel.footprint import Job, Role, Stage
+from parallel.generation import NUM_SLOTS, PREFILL_TOKENS, KVCache, Sampling, lm_logits, prefill, sample_tokens
+from parallel.mesh import Layout, Mesh, init_mesh
+from parallel.model import Decoder, ScalarHead
+from parallel.optim import AdamW, clip_grad_norm
+from parallel.pipeline import forward_backward
+from parallel.plan import measure_states
+from parallel.reshard import rollout_weights
+from parallel.tensor import hidden_before, vocab_parallel_logprobs
+
+aten = torch.ops.aten
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of all storages that live, and their peak.
+
+    Args: num_chosen: how many entries a mask selects.
+    """
+
+    def __init__(self, num_chosen: int):
+        super().__init__()
+        self.num_chosen, self.number = num_chosen, 0  # number: what reading a tensor gives
+        self.live = self.peak = 0
+        self.sizes: dict[int, int] = {}  # by storage
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        if fn is aten._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else self.number
+        if fn is aten.nonzero.default:
+            return torch.empty(self.num_chosen, args[0].dim(), dtype=torch.long)
+        if fn in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+            args = (args[0], self.number_indices(args[1]), *args[2:])
+        out = fn(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.see(x.untyped_storage())
+        return out
+
+    def number_indices(self, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Masks as the indices of what they select."""
+        found = []
+        for index in indices:
+            if index is not None and index.dtype == torch.bool:
+                found += [torch.empty(self.num_chosen, dtype=torch.long) for _ in range(index.dim())]
+            else:
+                found.append(index)
+        return found
+
+    def see(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.sizes:
+            weakref.finalize(storage, self.forget, key)
+        self.live += size - self.sizes.get(key, 0)
+        self.sizes[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def forget(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
+
+
+@contextlib.contextmanager
+def fake_world(layout: Layout, world_size: int, rank: int, num_chosen: int) -> Iterator[tuple[Mesh, Ledger]]:
+    """The mesh of a rank in a world of which nothing else exists, and the ledger of what it holds.
+
+    Attention runs as on a GPU, with a mask, as for rows of several documents.
+    Args: num_chosen: how many entries a mask selects.
+    """
+    assert not dist.is_initialized(), "a rehearsal needs a process of its own"
+    ledger = Ledger(num_chosen)
+    resize = torch.UntypedStorage.resize_
+
+    def resize_seen(storage, size):
+        resize(storage, size)
+        ledger.see(storage)
+
+    patches = [
+        mock.patch.dict(os.environ, {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}),
+        mock.patch("torch.cuda.is_available", lambda: False),
+        mock.patch("parallel.optim.sum_of_squares", lambda x: torch.linalg.vector_norm(x, dtype=torch.float64) ** 2),
+        mock.patch("parallel.data_parallel._hash", lambda flat: torch.zeros((), dtype=torch.int64)),
+        mock.patch.object(Visible, "is_plain_causal", False),
+        mock.patch("kernels.attention.EXPLICIT_MAX_LEN", 0),
+        mock.patch.object(FakeTensor, "data_ptr", lambda self: 0),
+        mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, _: self, create=True),  # with a copied tensor
+        mock.patch.object(torch.UntypedStorage, "resize_", resize_seen),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        try:
+            mesh = init_mesh(layout)
+            with FakeTensorMode(), ledger:
+                yield mesh, ledger
+        finally:
+            groups.clear()
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank was seen to hold and send."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    update: int  # bytes at the peak of an optimizer step
+    rollout: int  # and of a generation's forwards
+    step_traffic: dict[tuple[str, str], int]
+    rollout_traffic: dict[tuple[str, str], int]
+
+
+def rehearse(
+    job: Job,
+    layout: Layout,
+    world_size: int,
+    rank: int = 0,
+    make_loss: Callable | None = None,
+    make_modules: Callable | None = None,
+) -> Rehearsal:
+    """Plays a rank's optimizer step and the forwards of a generation.
+
+    Args: make_modules: mesh -> the modules of the roles; None: decoders and scalar heads. make_loss: modules, mesh ->
+        loss_fn of `forward_backward`; None: log-probabilities, entropies and scalar heads.
+    """
+    stage = Stage(job, layout, world_size)
+    shape = stage.rows, job.seq_len
+    with fake_world(layout, world_size, rank, stage.scored) as (mesh, ledger):
+        roles = (make_modules or partial(make_default_modules, job.roles))(mesh)
+        model = data_parallel({name: roles[name] for name in roles if job.roles[name].in_units}, mesh, layout)
+        optimizer = AdamW(model, 1e-3)
+        states = measure_states(model.units, optimizer)
+        loss_fn = (make_loss or make_default_loss)(roles, mesh)
+
+        def microbatch() -> dict[str, Tensor]:
+            ids = {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "position_ids", "first_key")}
+            return ids | {"mask": torch.ones(shape, dtype=torch.bool)}
+
+        before, ledger.peak = Counter(traffic()), ledger.live
+        model.zero_grad()
+        forward_backward(model, [microbatch() for _ in range(stage.num_microbatches)], loss_fn)
+        clip_grad_norm(model, 1.0, mesh)
+        optimizer.step()
+        step_traffic, update = Counter(traffic()) - before, ledger.peak
+
+        before, ledger.peak = Counter(traffic()), ledger.live
+        if job.rollout:
+            play_rollout(job, stage, next(roles[name] for name in stage.decoders), ledger)
+        return Rehearsal(*states, update, ledger.peak, dict(step_traffic), dict(Counter(traffic()) - before))
+
+
+def make_default_modules(roles: dict[str, Role], mesh: Mesh) -> dict[str, nn.Module]:
+    return {name: make_role(role, mesh) for name, role in roles.items() if role.in_units}
+
+
+def make_role(role: Role, mesh: Mesh) -> nn.Module:
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[role.itemsize]
+    if role.config is None:
+        module = ScalarHead(role.shapes[0][1], mesh, dtype)
+    else:
+        module = Decoder(role.config, mesh, dtype, seed=None, lm_head=role.lm_head)
+    return module.requires_grad_(role.trainable)
+
+
+def make_default_loss(roles: dict[str, nn.Module], mesh: Mesh) -> Callable:
+    """The loss of every script in its outlines."""
+
+    def loss_fn(microbatch):
+        ids, mask = microbatch["input_ids"], microbatch["mask"]
+        loss = torch.zeros(())
+        for module in roles.values():
+            if isinstance(module, Decoder) and module.embedding.weight.requires_grad:
+                hidden = module(ids, microbatch["position_ids"], microbatch["first_key"])
+                states = hidden_before(hidden, mask)
+                del hidden
+                if module.lm_head is not None or module.ties_lm_head:
+                    logprobs, entropy = vocab_parallel_logprobs(states, module, ids[mask])
+                    loss = loss - (logprobs + entropy).sum()
+            elif isinstance(module, ScalarHead):
+                loss = loss + module(states).sum()
+        return loss, {}
+
+    return loss_fn
+
+
+@torch.no_grad()
+def play_rollout(job: Job, stage: Stage, policy: Decoder, ledger: Ledger) -> None:
+    """Prefill, the longest sequences' step, and a prefill of slots that have become free."""
+    slots = min(NUM_SLOTS, -(-job.rollout // stage.dp))
+    prompt_len = job.seq_len - job.new_tokens
+    config, dtype = policy.config.shard(policy.mesh.tp.size), policy.embedding.weight.dtype
+    with rollout_weights(policy):
+        cache = KVCache(config, slots, dtype, torch.device("cpu"))
+        some = torch.arange(min(max(PREFILL_TOKENS // prompt_len, 1), slots))
+        ids, lens = torch.zeros(slots, job.seq_len, dtype=torch.long), torch.full((slots,), prompt_len)
+        for _ in range(2):
+            ledger.number = prompt_len
+            hidden = prefill(policy, cache, ids, lens, some, some)
+            sample_tokens(lm_logits(policy, hidden), torch.zeros(len(some)), Sampling(), None, policy.mesh.tp)
+            ledger.number = job.seq_len - 2  # the newest token is drawn from the state of the one before
+            cache.step(lens)
+            tokens = torch.zeros(slots, 1, dtype=torch.long)
+            hidden = policy(tokens, tokens, tokens, cache)[:, 0]
+            sample_tokens(lm_logits(policy, hidden), torch.zeros(slots), Sampling(), None, policy.mesh.tp)
+    ledger.number = 0

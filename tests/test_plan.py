@@ -1,0 +1,363 @@
+"""The plan against what is allocated and sent: on real ranks in integers, on tensors without contents within 1 %."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import shlex
+import time
+from collections import Counter
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+import tyro
+
+from kernels.attention import Visible
+from parallel.collectives import traffic
+from parallel.data_parallel import data_parallel
+from parallel.families import config_from_hf
+from parallel.footprint import Job, Role, Stage, memory, scalar_head
+from parallel.mesh import Layout, init_mesh
+from parallel.model import Decoder, ScalarHead
+from parallel.optim import AdamW, clip_grad_norm
+from parallel.pipeline import forward_backward
+from parallel.plan import GIB, describe_memory, explain_oom, measure_states, options, read_config, recommend
+from parallel.rehearsal import make_default_loss, rehearse
+from tests.ranks import run_ranks
+from tests.scripts import ROOT
+from tests.test_layouts import CASES
+
+ROWS, SEQ_LEN = 2, 31  # of a micro-batch; under sequence parallelism over 4 ranks two of its tokens are padding
+
+
+def make_job(config, itemsize=4, seq_len=SEQ_LEN, num_microbatches=2, dp=1, rows=ROWS, rollout=0, new_tokens=0):
+    """Policy, reference and value head."""
+    roles = {
+        "policy": Role(config, itemsize),
+        "ref_policy": Role(config, itemsize, trainable=False),
+        "value_head": scalar_head(config.hidden_size, itemsize),
+    }
+    return Job(roles, rows * dp * num_microbatches, rows, seq_len, seq_len - 1, rollout, new_tokens)
+
+
+# --- integers, on real ranks -----------------------------------------------------------------------------------------
+
+
+def make_model(case, layout, dtype):
+    mesh = init_mesh(layout)
+    config = config_from_hf(CASES[case], "test")[0]
+    roles = {
+        "policy": Decoder(config, mesh, dtype),
+        "ref_policy": Decoder(config, mesh, dtype).requires_grad_(False),
+        "value_head": ScalarHead(config.hidden_size, mesh, std=0.1),
+    }
+    model = data_parallel(roles, mesh, layout)
+    return config, model, AdamW(model, 1e-3)
+
+
+def allocated(case, layout, dtype):
+    """Bytes of weights, gradients and optimizer state, as they are and by the plan."""
+    config, model, optimizer = make_model(case, layout, dtype)
+    stage = Stage(make_job(config, dtype.itemsize, dp=model.mesh.dp.size), layout, model.mesh.world_size)
+    states = [unit.state() for units in stage.units.values() for unit in units]
+    text = describe_memory(model, optimizer)
+    return measure_states(model.units, optimizer), tuple(map(sum, zip(*states, strict=True))), text
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize(("ranks", "tp"), [(2, 1), (4, 1), (4, 2)])
+def test_states_are_what_is_allocated(case, zero, ranks, tp):
+    for dtype in (torch.float32, torch.bfloat16):
+        for real, planned, text in run_ranks(ranks, allocated, case, Layout(tp=tp, zero=zero), dtype):
+            assert real == planned
+            assert all(name in text for name in ("weights", "gradients", "optimizer", "frozen models"))
+
+
+def sent(case, layout, num_microbatches):
+    """Bytes sent in a step, less the metrics, as they were counted and by the plan."""
+    config, model, optimizer = make_model(case, layout, torch.float32)
+    mesh = model.mesh
+    ids = torch.zeros(ROWS, SEQ_LEN, dtype=torch.long)
+    mask = (torch.arange(SEQ_LEN) > 0).expand(ROWS, SEQ_LEN)
+    positions = torch.arange(SEQ_LEN).expand(ROWS, SEQ_LEN)
+    microbatch = {"input_ids": ids, "position_ids": positions, "first_key": torch.zeros_like(ids), "mask": mask}
+    before = Counter(traffic())
+    model.zero_grad()
+    forward_backward(model, [microbatch] * num_microbatches, make_default_loss(model.roles, mesh))
+    clip_grad_norm(model, 1.0, mesh)
+    assert optimizer.step()
+    found = Counter(traffic()) - before - Counter({("dp", "all_reduce"): 2 * 8 * (mesh.dp.size - 1) // mesh.dp.size})
+    job = make_job(config, dp=mesh.dp.size, num_microbatches=num_microbatches)
+    stage = Stage(job, layout, mesh.world_size, replica=mesh.dp.rank)
+    return dict(found), {key: n for key, n in stage.traffic()["step"].items() if n}
+
+
+LAYOUTS = [(2, Layout(tp=1, zero=zero)) for zero in range(4)]
+LAYOUTS += [(4, Layout(tp=2, zero=zero, sequence_parallel=sp)) for zero in range(4) for sp in (True, False)]
+LAYOUTS += [(4, Layout(tp=4)), (4, Layout(tp=4, sequence_parallel=False, recompute="full"))]
+LAYOUTS += [(4, Layout(tp=2, zero=3, recompute="full")), (4, Layout(tp=2, zero=1, recompute="selective"))]
+LAYOUTS += [(2, Layout(zero=zero, reduce_dtype="bfloat16")) for zero in (0, 1)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_traffic_is_what_is_sent(case):
+    half = list(CASES).index(case) % 2
+    for i, (ranks, layout) in enumerate(LAYOUTS[half::2]):
+        for rank, (found, planned) in enumerate(run_ranks(ranks, sent, case, layout, 1 + i % 2)):
+            assert found == planned, (layout, rank)
+
+
+def saved(case, layouts):
+    """Bytes that a forward pass keeps: of each layer and in all, as they are and by the plan, for each layout."""
+    base = config_from_hf(CASES[case], "test")[0]
+    results = []
+    for layout in layouts:
+        totals = []
+        for num_layers in (2, 3):
+            config, mesh = replace(base, num_layers=num_layers, max_seq_len=256), init_mesh(layout)
+            policy, kept = Decoder(config, mesh), {}
+            policy.recompute = layout.recompute
+            for parameter in policy.parameters():
+                kept[parameter.untyped_storage()._cdata] = 0
+
+            def pack(x, kept=kept):
+                kept.setdefault(x.untyped_storage()._cdata, x.untyped_storage().nbytes())
+                return x
+
+            ids = torch.zeros(2, 151, dtype=torch.long)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x))
+                stack.enter_context(mock.patch("kernels.attention.EXPLICIT_MAX_LEN", 0))
+                stack.enter_context(mock.patch.object(Visible, "is_plain_causal", False))
+                hidden = policy(ids, torch.zeros_like(ids), torch.zeros_like(ids))
+            totals.append(sum(kept.values()))
+            del hidden
+        stage = Stage(make_job(config, seq_len=151), layout, mesh.world_size)
+        role = stage.job.policy
+        planned = stage.saved_by_stage() + stage.last_state(role)
+        if layout.recompute == "full":  # hooks do not see the rotary tables, which every layer's recomputation shares
+            planned -= role.itemsize * stage.tokens * 2 * -(-config.rotary_dim // 2)
+        results.append((totals[1] - totals[0], stage.saved_by_layer(role, layout.recompute), totals[1], planned))
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_saved_activations_are_their_formula(case, tp):
+    kinds = [(sp, recompute) for sp in (True, False)[: 1 + (tp > 1)] for recompute in ("none", "selective", "full")]
+    layouts = [Layout(tp=tp, sequence_parallel=sp, recompute=recompute) for sp, recompute in kinds]
+    for layout, (layer, planned_layer, total, planned) in zip(
+        layouts, run_ranks(tp, saved, case, layouts)[0], strict=True
+    ):
+        assert planned_layer == pytest.approx(layer, rel=5e-3), layout
+        assert planned == pytest.approx(total, rel=5e-3), layout
+
+
+# --- rehearsals ------------------------------------------------------------------------------------------------------
+
+PYTHIA = replace(read_config(f"{ROOT}/tests/configs/gpt-neox-20b"), num_layers=8, hidden_size=2048, num_heads=16)
+PYTHIA = replace(PYTHIA, num_kv_heads=16, head_dim=128, ffn_size=8192, rotary_dim=32)
+GPT2 = replace(config_from_hf(CASES["gpt2"], "test")[0], num_layers=8, hidden_size=1024, num_heads=16, num_kv_heads=16)
+GPT2 = replace(GPT2, head_dim=64, ffn_size=4096, vocab_size=50257, max_seq_len=1024)
+QWEN = replace(config_from_hf(CASES["qwen3"], "test")[0], num_layers=8, hidden_size=2048, num_heads=16, num_kv_heads=8)
+QWEN = replace(QWEN, head_dim=128, ffn_size=6144, vocab_size=151936)
+LLAMA = replace(read_config(f"{ROOT}/tests/configs/llama-2-70b"), num_layers=6)
+CELLS = {
+    "gpt2": (GPT2, 1, Layout(), 2),
+    "gpt2, shared": (GPT2, 4, Layout(tp=2, zero=2, recompute="selective"), 2),
+    "neox": (PYTHIA, 2, Layout(tp=2), 2),
+    "neox, gathered": (PYTHIA, 8, Layout(zero=3, recompute="full"), 4),
+    "neox, float32": (PYTHIA, 8, Layout(tp=4, zero=3), 4),
+    "qwen3": (QWEN, 4, Layout(tp=2, zero=1), 2),
+    "qwen3, gathered": (QWEN, 4, Layout(zero=3, recompute="selective"), 2),
+    "llama": (LLAMA, 16, Layout(tp=8, zero=1, sequence_parallel=False), 2),
+    "llama, more ranks than key/value heads": (LLAMA, 32, Layout(tp=16, zero=2), 2),
+}
+
+
+def check(config, ranks, layout, itemsize=2, rank=0, **sizes):
+    job = make_job(config, itemsize, dp=ranks // layout.tp, **sizes)
+    found = rehearse(job, layout, ranks, rank)
+    planned = Stage(job, layout, ranks, replica=rank // layout.tp)
+    states = [sum(x) for x in zip(*(unit.state() for units in planned.units.values() for unit in units), strict=True)]
+    assert tuple(states) == (found.weights, found.gradients, found.optimizer)
+    phases = planned.memory().phases
+    assert sum(states) + sum(phases["update"].values()) == pytest.approx(found.update, rel=0.01)
+    if job.rollout:
+        assert sum(states) + sum(phases["rollout"].values()) == pytest.approx(found.rollout, rel=0.01)
+    metrics = 2 * 8 * (planned.dp - 1) // planned.dp
+    sent = Counter(found.step_traffic) - Counter({("dp", "all_reduce"): metrics})
+    assert dict(sent) == {key: n for key, n in planned.traffic()["step"].items() if n}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_plan_equals_a_rehearsal(cell):
+    config, ranks, layout, rows = CELLS[cell]
+    rollout = dict(rollout=16 * ranks, new_tokens=256) if cell in ("neox", "gpt2", "qwen3, gathered") else {}
+    check(config, ranks, layout, 4 if "float32" in cell else 2, rank=ranks - 1, seq_len=1024, rows=rows, **rollout)
+
+
+BIG = {
+    "gpt-neox-20b on 96": ("gpt-neox-20b", 96, Layout(tp=8, zero=1, recompute="selective")),
+    "llama-3-70b on 512": ("llama-3-70b", 512, Layout(tp=8, zero=1)),
+    "gpt-neox-20b on 8": ("gpt-neox-20b", 8, Layout(tp=8)),
+    "llama-2-70b on 512": ("llama-2-70b", 512, Layout(tp=8, zero=3, recompute="full")),
+    "llama-3-70b on 512, recomputed": ("llama-3-70b", 512, Layout(tp=8, zero=2, recompute="full")),
+}
+ALL = pytest.mark.skipif(not os.environ.get("ALL_LARGE_MODELS"), reason="half a minute: set ALL_LARGE_MODELS=1")
+
+
+@pytest.mark.parametrize("name", [*list(BIG)[:2], *(pytest.param(name, marks=ALL) for name in list(BIG)[2:])])
+def test_plan_equals_a_rehearsal_of_a_large_model(name):
+    folder, ranks, layout = BIG[name]
+    config = read_config(f"{ROOT}/tests/configs/{folder}")
+    started = time.process_time()
+    check(config, ranks, layout, seq_len=config.max_seq_len, rows=1, num_microbatches=1 + (layout.zero > 1))
+    assert time.process_time() - started < 20
+
+
+# --- choosing, and what a user sees ----------------------------------------------------------------------------------
+
+NEOX = read_config(f"{ROOT}/tests/configs/gpt-neox-20b")
+
+
+def test_recommended_layouts_fit():
+    job = make_job(NEOX, 2, seq_len=2048, num_microbatches=8, dp=12, rows=1)
+    found = recommend(job, Layout(), 96, 80)
+    every = {str(option.layout): option for option in options(job, Layout(), 96)}
+    assert 0 < len(found) < len(every)
+    for option in found:
+        assert memory(job, option.layout, 96).total == option.memory.total <= 80 * GIB
+    assert all(
+        option.memory.total > 80 * GIB
+        for name, option in every.items()
+        if name not in map(str, (x.layout for x in found))
+    )
+    seconds = [sum(option.seconds.values()) for option in found]
+    assert seconds == sorted(seconds)
+
+
+def test_what_divides_more_holds_less():
+    job = make_job(NEOX, 2, seq_len=2048, num_microbatches=8, dp=12, rows=1)
+
+    def total(**changes):
+        return memory(job, Layout(**{"tp": 8, **changes}), 96).total
+
+    assert total() > total(zero=1) > total(zero=2) > total(zero=3)
+    assert total() > total(recompute="selective") > total(recompute="full")
+    assert total(sequence_parallel=False) > total() and total(tp=4) > total()
+
+
+SCRIPTS = ("sft", "ppo", "reward_model", "ilql")
+
+
+def plan_of(script, *flags):
+    """Calls a script's main as the command line does."""
+    module = importlib.import_module(script)
+    module.main(tyro.cli(module.Args, args=[str(flag) for flag in flags]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_print_their_plan(script, tmp_path, capsys, monkeypatch):
+    """From a config alone, in an empty folder in which nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CASES["qwen3"]))
+    flags = ["--model", folder, "--world-size", 4, "--layout.tp", 2, "--layout.zero", 1, "--plan", 24]
+    plan_of(script, *flags, *(("--reward", folder, "--value-model", "copy") if script == "ppo" else ()))
+    out = capsys.readouterr().out
+    words = ["weights", "gradients", "optimizer", "+ in the update", "tp all_gather", "recommended: --layout.tp"]
+    words += {"sft": [], "ppo": ["ref policy", "KV cache", "value model", "reward model", "+ in the score"]}.get(
+        script, ["head"]
+    )
+    assert all(word in out for word in words), out
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_heads_of_ilql_are_counted():
+    """Roles as ilql.py makes them: states in integers, a step's peak within 1 %."""
+    ilql = importlib.import_module("ilql")
+    args = ilql.Args(
+        model=f"{ROOT}/tests/configs/gpt-neox-20b", dtype="bfloat16", batch_size=2, microbatch_size=1, max_len=512
+    )
+    job = replace(args.job(), rollout=0)
+    config = replace(PYTHIA, num_layers=4)
+    n = config.hidden_size
+    swap = {6144: n, 12288: 2 * n}
+    roles = {
+        name: replace(
+            role,
+            config=config if role.config else None,
+            shapes=tuple(tuple(swap.get(x, x) for x in shape) for shape in role.shapes),
+        )
+        for name, role in job.roles.items()
+    }
+    job = replace(job, roles=roles)
+
+    def make_modules(mesh):
+        policy = Decoder(config, mesh, torch.bfloat16, seed=None)
+        return {"policy": policy, **ilql.make_heads(config, args, torch.bfloat16, mesh)}
+
+    def make_loss(roles, mesh):
+        def loss_fn(microbatch):
+            fields = {name: torch.zeros(microbatch["input_ids"].shape) for name in ("rewards",)}
+            fields |= {name: microbatch["mask"] for name in ("action_mask", "terminal")}
+            targets = roles["target_q_heads"]
+            return ilql.ilql_loss({**microbatch, **fields}, roles, targets, args, 100)
+
+        return loss_fn
+
+    layout = Layout(tp=2, zero=1)
+    found = rehearse(job, layout, 4, make_loss=make_loss, make_modules=make_modules)
+    held = memory(job, layout, 4)
+    states = sum(nbytes for name, nbytes in held.held.items() if name not in ("CUDA context", "target q heads"))
+    assert states == found.weights + found.gradients + found.optimizer
+    total = sum(held.phases["update"].values()) + states + held.held["target q heads"]
+    assert total == pytest.approx(found.update, rel=0.01)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_impossible_plans_are_refused(script, tmp_path):
+    model = ROOT / "tests/configs/gpt-neox-20b"
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        plan_of(script, "--model", tmp_path, "--plan", 80, "--world-size", 8)
+    with pytest.raises(ValueError, match="--layout.tp 5 does not divide the 8 processes"):
+        plan_of(script, "--model", model, "--plan", 80, "--world-size", 8, "--layout.tp", 5)
+    with pytest.raises(ValueError, match="--layout.tp 7 does not divide 64 heads"):
+        plan_of(script, "--model", model, "--plan", 80, "--world-size", 7, "--layout.tp", 7, "--batch-size", 128)
+    with pytest.raises(ValueError, match="no multiple of 9 replicas"):
+        plan_of(script, "--model", model, "--plan", 80, "--world-size", 9, "--batch-size", 128)
+    with pytest.raises(ValueError, match="--plan -1 should be a number of at least 0"):
+        importlib.import_module(script).Args(plan=-1)
+
+
+def test_a_plan_that_fits_nowhere_says_so(capsys):
+    model = ROOT / "tests/configs/llama-2-70b"
+    plan_of("sft", "--model", model, "--plan", 24, "--world-size", 4, "--dtype", "bfloat16")
+    assert "no layout of 4 ranks fits 24 GiB: take more ranks" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_explained(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    sft = importlib.import_module("sft")
+    args = sft.Args(model=str(ROOT / "tests/configs/gpt-neox-20b"), dtype="bfloat16", batch_size=64, microbatch_size=8)
+    text = explain_oom(args)
+    assert "optimizer" in text and "smaller --microbatch-size" in text
+    assert "--layout.tp 8 --layout.zero 0 --layout.recompute full" in text
+
+
+def test_the_readme_shows_this_plan(capsys):
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## Memory before the run") :]
+    command, shown = re.findall(r"```\n(.*?)```", section, re.DOTALL)[:2]
+    script, *flags = shlex.split(command.replace("\\\n", " "))[1:]
+    with contextlib.chdir(ROOT):
+        plan_of(script.removesuffix(".py"), *flags)
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in shown.splitlines() if line != "..."]
+    assert len(lines) > 10 and [line for line in printed if line in lines] == lines
