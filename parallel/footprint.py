@@ -423,7 +423,8 @@ class Stage:
         n, wide = self.scored, unit.wide
         chunk = min(n, max(CHUNK_ELEMENTS // rows, 1))
         copies = wide * (1 + (n > chunk)) + e * (e < wide)  # of logits: weighted, again, rounded
-        working = copies * chunk * rows + (wide + e) * rows * width + e * n * width
+        heads = any(role.config is None for role in self.trained.values())  # the states' gradient from those waits
+        working = copies * chunk * rows + (wide + e) * rows * width + e * n * width * (1 + heads)
         summing = wide * (rows * width + unit.size) + e * n * width if unit.zero >= 2 else 0
         return working, summing
 

@@ -108,7 +108,6 @@ def fake_world(layout: Layout, world_size: int, rank: int, num_chosen: int) -> I
         mock.patch.object(Visible, "is_plain_causal", False),
         mock.patch("kernels.attention.EXPLICIT_MAX_LEN", 0),
         mock.patch.object(FakeTensor, "data_ptr", lambda self: 0),
-        mock.patch.object(FakeTensorMode, "__deepcopy__", lambda self, _: self, create=True),  # with a copied tensor
         mock.patch.object(torch.UntypedStorage, "resize_", resize_seen),
     ]
     with contextlib.ExitStack() as stack:

@@ -337,6 +337,22 @@ def test_truncated_sampling_equals_one_process():
     assert_same_samples(run_ranks(4, sample, "llama", "float32", Layout(tp=4), sampling), expected, "float32")
 
 
+def states_of_uneven_rows(case, layout):
+    """Hidden states of rows whose tokens the ranks do not divide."""
+    mesh = init_mesh(layout)
+    policy = Decoder(config_from_hf(CASES[case], "test")[0], mesh, torch.float64)
+    draw(policy, mesh)
+    ids = torch.arange(33).view(3, 11)
+    return policy(ids, torch.arange(11).expand(3, 11), torch.zeros_like(ids)).detach()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_need_not_divide(case):
+    expected = states_of_uneven_rows(case, Layout())
+    for states in run_ranks(4, states_of_uneven_rows, case, Layout(tp=4)):
+        torch.testing.assert_close(states, expected, rtol=0, atol=1e-12)
+
+
 # --- bugs that are caught --------------------------------------------------------------------------------------------
 
 BUGS = {  # what is replaced by what; on a layout where it matters

@@ -300,8 +300,16 @@ def test_heads_of_ilql_are_counted():
     job = replace(job, roles=roles)
 
     def make_modules(mesh):
-        policy = Decoder(config, mesh, torch.bfloat16, seed=None)
-        return {"policy": policy, **ilql.make_heads(config, args, torch.bfloat16, mesh)}
+        def heads(vocab_size, dtype, count):
+            made = [ilql.MLPHead(config.hidden_size, vocab_size, dtype, mesh, seed) for seed in range(count)]
+            return torch.nn.ModuleList(made) if count > 1 else made[0]
+
+        return {  # as ilql.make_heads makes them, which converts modules: tensors without contents cannot do that
+            "policy": Decoder(config, mesh, torch.bfloat16, seed=None),
+            "q_heads": heads(config.vocab_size, torch.bfloat16, 2),
+            "value_head": heads(None, torch.float32, 1),
+            "target_q_heads": heads(config.vocab_size, torch.float32, 2).requires_grad_(False),
+        }
 
     def make_loss(roles, mesh):
         def loss_fn(microbatch):
