@@ -18,9 +18,10 @@ from parallel.heartbeat import Heartbeat
 from parallel.mesh import Layout, check_layout, init_mesh
 from parallel.model import Decoder
 from parallel.optim import AdamW, clip_grad_norm
-from parallel.order import KEPT, check_order
+from parallel.order import KEPT, gather_in_order
 from tests.ranks import run_ranks
 from tests.scripts import TINY_GPT2, make_tiny_model, start
+from tests.scripts import run as run_script
 from tests.test_scripts import LETTERS, assert_same_run
 
 # --- the order of collectives -----------------------------------------------------------------------------------------
@@ -32,6 +33,11 @@ def message_of(function, *args):
         function(*args)
     except RankError as error:
         return str(error)
+
+
+def check_order(mesh):
+    mine = torch.tensor(mesh.rank + 0.1, dtype=torch.float64)
+    assert gather_in_order(mine, mesh).tolist() == [rank + 0.1 for rank in range(mesh.world_size)]
 
 
 def two_sums(mesh, rank, names):
@@ -212,6 +218,14 @@ def test_layout_that_does_not_fit_the_model_is_refused_before_any_group(monkeypa
     with pytest.raises(ValueError, match="--layout.tp 5 does not divide the 24 processes.*give one of 1, 2, 4,"):
         check_layout(Layout(tp=5), 24, config)
     check_layout(Layout(tp=4), 24, config)
+
+
+def test_script_refuses_such_a_layout_once(tmp_path):
+    model = make_tiny_model(tmp_path / "model", hf_config={**TINY_GPT2, "n_head": 1})
+    status, _, err = run_script("sft.py", "--model", model, "--layout.tp", 2, cwd=tmp_path, ranks=2)
+    assert status == 1 and not (tmp_path / "runs").exists()
+    assert err.count("error: --layout.tp 2 does not divide this model's 1 heads, 1 key/value heads") == 1, err
+    assert err.count("error: --") == 1 and "with 2 processes it takes --layout.tp 1\n" in err, err
 
 
 def test_out_of_memory_says_where_and_what_helps():

@@ -331,10 +331,12 @@ def test_traffic_is_its_closed_form(case, tp, sequence_parallel):
     partial_sums += layers * 2 * config.head_dim * config.qk_norm
     if tp > config.num_kv_heads:  # keys and values, as if every rank had all heads
         partial_sums += layers * 2 * config.num_kv_heads * config.head_dim * (hidden + config.qkv_bias)
-    norm_of_all = 8
-    expected = {("tp", "all_reduce"): 2 * (heads * 4 + partial_sums * 4 + norm_of_all)}
+    hashes = (1 + 2 * layers) * (2 if config.norm == "layernorm" else 1) + 2 * layers * config.qk_norm
+    hashes += layers * (config.attn_out_bias + config.ffn_bias) + config.learned_positions  # of what all ranks hold
+    hashes += 2 * layers * (1 + config.qkv_bias) * (tp > config.num_kv_heads)
+    expected = {("tp", "all_reduce"): 2 * (heads * 4 + partial_sums * 4), ("tp", "all_gather"): tp * hashes * 8}
     if sequence_parallel:
-        expected["tp", "all_gather"] = (6 * layers + 2) * activations
+        expected["tp", "all_gather"] += (6 * layers + 2) * activations
         expected["tp", "reduce_scatter"] = (4 * layers + 1) * activations
     else:
         expected["tp", "all_reduce"] += 2 * (4 * layers + 1) * activations
