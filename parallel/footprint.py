@@ -29,6 +29,7 @@ from parallel.data_parallel import ALIGNMENT
 from parallel.generation import CACHE_BLOCK, NUM_SLOTS, PREFILL_TOKENS
 from parallel.mesh import Layout, check_layout
 from parallel.model import DecoderConfig
+from parallel.order import NUMBERS
 from parallel.schedules import peak_in_flight
 from parallel.tensor import VOCAB_MULTIPLE, padded_vocab_size
 
@@ -485,8 +486,8 @@ class Stage:
         for name in self.trained:
             for unit in self.units[name]:
                 self.send_unit(unit, m, send)
-        send("all_reduce", "tp", 8)  # the norm of all gradients
-        send("all_gather", "dp", 8 * self.dp)
+        world = self.dp * self.pp * self.tp
+        step["world", "all_gather"] += 8 * NUMBERS * (world - 1)  # the norm of all gradients, and order
         if self.pp > 1:
             message = sum(
                 role.itemsize * self.tokens_local * role.config.hidden_size for role in self.decoders.values()

@@ -32,8 +32,8 @@ class Heartbeat:
     def __init__(self, store: dist.Store, rank: int, world_size: int):
         self.store, self.rank, self.world_size = store, rank, world_size
         self.machine = _describe_machine()
-        self.num_meetings = 0
-        self.num_beats = 0
+        self.num_meetings = self.num_beats = 0
+        self.store_ended = False
         self.seen: dict[int, tuple[list, float]] = {}  # the newest sign of each rank, and when it was first seen here
         self.beat(store)
         threading.Thread(target=self.keep_beating, args=(store.clone(),), daemon=True).start()
@@ -76,7 +76,7 @@ class Heartbeat:
 
     def wait_for_all(self, what: str, timeout: float) -> None:
         """See the function `wait_for_all`."""
-        if self.num_meetings == math.inf:  # the store has ended: its launcher is dead, but the ranks may still save
+        if self.store_ended:  # with its launcher: ranks that it asked to end still save, and collectives name the lost
             return
         self.num_meetings += 1
         key, began, next_look = f"meeting/{self.num_meetings}", time.monotonic(), 0.0
@@ -98,7 +98,7 @@ class Heartbeat:
         except RankError:
             raise
         except RuntimeError:
-            self.num_meetings = math.inf
+            self.store_ended = True
 
     def check_alive(self, rank: int, what: str) -> None:
         if rank in self.seen and self.seen[rank][0][4] < self.num_meetings:

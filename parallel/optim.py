@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallel.collectives import RankError, all_gather, all_gather_async_
+from parallel.collectives import RankError, all_gather_async_
 from parallel.data_parallel import DataParallel, Unit, check_replicas_equal, describe_nonfinite, on_host
 from parallel.mesh import Mesh
-from parallel.order import check_order
+from parallel.order import gather_in_order
 from parallel.training_state import Piece
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -65,20 +65,18 @@ def clip_grad_norm(model: DataParallel, max_norm: float, mesh: Mesh) -> float:
 
     The gradients themselves are left as they are: the optimizer's own pass scales them. max_norm 0 clips nothing.
     Communication: every rank squares its part of each unit, whichever parts it holds, and one all-gather of a number
-        over dp brings the sums together: the same bits under zero 0 to 3. One all-reduce of a number over tp and pp.
-        What the ranks have called until now is compared: see `check_order`.
+        over all ranks brings the sums together: the same bits under zero 0 to 3. It compares what the ranks have called
+        since the start, too: see `gather_in_order`.
     Returns: the norm before clipping, the same on all ranks, NaN or infinite if a gradient is.
     Source: Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
-    check_order(mesh)
     squares = [torch.zeros((), dtype=torch.float64, device=mesh.device)]
     for unit in model.units:
         if unit.trainable:
             grad, first = unit.own(unit.flat_grad), unit.part.start
             for start, stop in unit.counted_slices():
                 squares.append(sum_of_squares(grad[max(start - first, 0) : max(stop - first, 0)]))
-    total = all_gather(torch.stack(squares).sum()[None], mesh.dp).sum()
-    model.grad_norm = math.sqrt(mesh.sum(mesh.sum(total, "tp"), "pp").item())
+    model.grad_norm = math.sqrt(gather_in_order(torch.stack(squares).sum(), mesh).sum().item())
     model.grad_divisor = max(1.0, (model.grad_norm + 1e-6) / max_norm) if max_norm else 1.0
     return model.grad_norm
 

@@ -52,20 +52,22 @@ def states_of(roles, microbatch):
     return {role: module(*where) for role, module in roles.items() if isinstance(module, Decoder)}
 
 
-def command(script, *flags, ranks=1):
+def command(script, *flags, ranks=1, restarts=0):
     """The command line of a script: plain Python for one process, torchrun's module for more."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher += [f"--max-restarts={restarts}"]
     return [*launcher, str(script), *map(str, flags)]
 
 
-def start(script, *flags, cwd, ranks=1, **options):
+def start(script, *flags, cwd, ranks=1, restarts=0, env=None, **options):
     """Starts a script in a folder of its own, the repository on its path, one thread per process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    env = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     script = ROOT / script if not Path(script).is_absolute() else script
-    return subprocess.Popen(command(script, *flags, ranks=ranks), cwd=cwd, env=env, **{**pipes, **options})
+    line = command(script, *flags, ranks=ranks, restarts=restarts)
+    return subprocess.Popen(line, cwd=cwd, env=env, **{**pipes, **options})
 
 
 def run(script, *flags, cwd, ranks=1, timeout=150):

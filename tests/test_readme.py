@@ -44,7 +44,7 @@ def test_files_and_flags_exist():
     flags = set()
     for name in SCRIPTS:
         flags |= {f"--{flag.replace('_', '-')}" for flag in flat_flags(importlib.import_module(name).Args())}
-    flags |= {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
+    flags |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
     flags |= {"--peer", "--threads", "--help", "--no-bos", "--seed"}
     for flag in re.findall(r"`?(--[a-z][\w.-]+)", README):
         assert flag in flags, flag

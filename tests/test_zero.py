@@ -212,14 +212,14 @@ def test_traffic_equals_the_formulas(config, size, num_microbatches):
     metrics = 2 * 8 * 3  # two sums and the number of micro-batches in float64, all-reduced
     gathered = decoders + layers + tied  # every forward; layers again in the backward; a tied embedding for the head
     sent = {
-        0: {"all_reduce": 2 * trainable + metrics, "step": 8 * size},  # 8 bytes a rank: the norm
-        1: {"all_reduce": metrics, "reduce_scatter": trainable, "step": 8 * size + trainable},
-        2: {"all_reduce": metrics, "reduce_scatter": trainable * num_microbatches, "step": 8 * size + trainable},
+        0: {"all_reduce": 2 * trainable + metrics},
+        1: {"all_reduce": metrics, "reduce_scatter": trainable, "step": trainable},
+        2: {"all_reduce": metrics, "reduce_scatter": trainable * num_microbatches, "step": trainable},
         3: {
             "all_reduce": metrics,
             "reduce_scatter": trainable * num_microbatches,
             "all_gather": gathered * num_microbatches,
-            "step": 8 * size + head,
+            "step": head,
         },
     }
     for zero, expected in sent.items():
