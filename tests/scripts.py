@@ -1,19 +1,25 @@
 """Running the scripts in tests: a tiny model folder, and commands as a user types them."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+import tyro
 
 from parallel.checkpoint import save_decoder
 from parallel.families import config_from_hf
 from parallel.mesh import init_mesh
 from parallel.model import Decoder
 from tasks.random_walks import make_tokenizer
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
 TINY_GPT2 = {
@@ -78,6 +84,19 @@ def run(script, *flags, cwd, ranks=1, timeout=150):
     finally:
         process.kill()
     return process.returncode, out, err
+
+
+def run_on_ranks(script, *flags, cwd, ranks=1):
+    """Runs a script's main on ranks that are there already, which takes no start-up; fails the test if it raises."""
+    run_ranks(ranks, call_main, script.removesuffix(".py"), [str(flag) for flag in flags], cwd, timeout=120)
+
+
+def call_main(name, flags, cwd):
+    module = importlib.import_module(name)
+    with contextlib.chdir(cwd), mock.patch.object(sys, "path", [str(cwd), *sys.path]):
+        with mock.patch.object(torch.distributed, "destroy_process_group"):  # the ranks live on
+            with contextlib.redirect_stdout(io.StringIO()):
+                module.main(tyro.cli(module.Args, args=flags))
 
 
 def read_rows(folder, event="train"):

@@ -32,7 +32,7 @@ from parallel.tensor import Placement, fill_local, padded_vocab_size, placements
 from parallel.training_state import load_training_state, save_training_state
 from tasks.random_walks import make_tokenizer
 from tests.ranks import run_ranks
-from tests.scripts import make_tiny_model, read_rows, run
+from tests.scripts import make_tiny_model, read_rows, run_on_ranks
 from tests.states import full_tensors
 
 VOCAB = 131  # divides by nothing
@@ -657,8 +657,7 @@ def test_scripts_run_alike_under_another_layout(script, tmp_path):
     callers = {"one": {0}, "tp": {0}, "pp": {0, 1}, "both": {0, 2}, "all": {0, 2}}  # of the reward
     runs = {}
     for name, (ranks, layout) in layouts.items():
-        status, out, err = run(f"{script}.py", *flags, *layout, "--output-dir", name, cwd=tmp_path, ranks=ranks)
-        assert status == 0, err
+        run_on_ranks(script, *flags, *layout, "--output-dir", name, cwd=tmp_path, ranks=ranks)
         runs[name] = read_rows(tmp_path / name) + read_rows(tmp_path / name, "eval")
         runs[name].append(load_file(tmp_path / name / "model/model.safetensors"))
         if script == "ppo":
@@ -692,8 +691,7 @@ def test_a_divided_reward_model_scores_alike(tmp_path):
         ("pp", 2, ("--layout.pp", 2, "--layout.rollout", "rotation")),
     ):
         where = (*layout, "--max-iterations", 2, "--output-dir", name)
-        status, _, err = run("ppo.py", *flags, *where, cwd=tmp_path, ranks=ranks)
-        assert status == 0, err
+        run_on_ranks("ppo", *flags, *where, cwd=tmp_path, ranks=ranks)
         rows.append([(x["score"], x["value_loss"], x["rollout_hash"]) for x in read_rows(tmp_path / name)])
     assert rows[0][-1][0] != rows[0][0][0]
     for one, *others in zip(*rows, strict=True):

@@ -21,7 +21,7 @@ import reward_model as script  # noqa: E402
 from parallel.checkpoint import hf_tensors, load_decoder  # noqa: E402
 from parallel.data_parallel import data_parallel  # noqa: E402
 from parallel.families import config_from_hf  # noqa: E402
-from parallel.mesh import Layout, init_mesh  # noqa: E402
+from parallel.mesh import Layout, RankError, init_mesh  # noqa: E402
 from parallel.model import Decoder, ScalarHead  # noqa: E402
 from parallel.pipeline import forward_backward  # noqa: E402
 from parallel.reward import choose_pad_id, load_reward_model, save_reward_model  # noqa: E402
@@ -451,7 +451,7 @@ def test_reward_from_a_folder_matches_transformers(same, reward_folder, tmp_path
     assert reward(samples) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert capsys.readouterr().out.count("re-tokenised") == (not same)
     long = [*samples[:2], Sample("b", "c" * 64, [1], [2] * 64, finished=False)]
-    with pytest.raises(ValueError, match=r"sample 2 \(prompt 'b'.* more than the 64 of the reward model"):
+    with pytest.raises(RankError, match=r"sample 2 \(prompt 'b'.* more than the 64 of the reward model"):
         reward(long)
 
 

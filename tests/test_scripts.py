@@ -510,7 +510,7 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
 
 def test_nan_weight_is_named_before_it_spreads(tmp_path):
     def poison(decoder):
-        decoder.layers[1].ffn_out.weight[3, 5] = float("nan")
+        decoder.layers["1"].ffn_out.weight[3, 5] = float("nan")
 
     folder = make_tiny_model(tmp_path / "model", edit=poison)
     status, _, err = run("ppo.py", "--model", folder, *SHORT, "--max-iterations", 2, cwd=tmp_path)
