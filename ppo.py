@@ -23,7 +23,6 @@ size nor layout changes a gradient; advantages are whitened once per rollout; th
 The first command takes a random-walk policy from an optimality of 0.35 to above 0.97 in under two minutes on two cores.
 """
 
-import copy
 import itertools
 import math
 import time
@@ -195,7 +194,7 @@ class Args:
         if self.advantage == "gae":
             if self.value_model != "head":
                 value_config = config if self.value_model == "copy" else read_config(self.value_model)
-                roles["value_model"] = Role(value_config, itemsize, lm_head=self.value_model == "copy")
+                roles["value_model"] = Role(value_config, itemsize, lm_head=False)
             roles["value_head"] = scalar_head(config.hidden_size, itemsize)
         if Path(self.reward).is_dir():
             reward_config = read_config(self.reward)
@@ -584,7 +583,7 @@ def make_value_function(source, policy, tokenizer, mesh, dtype):
     """The roles "value_head" and, unless it reads the policy's trunk, "value_model"; see --value-model."""
     value_model, value_head = policy, None
     if source == "copy":
-        value_model = copy.deepcopy(policy)
+        value_model = load_decoder(policy.source, mesh, dtype, lm_head=False)
     elif source != "head":
         folder = resolve_model(source)
         if is_reward_model(folder):

@@ -4,6 +4,7 @@ Every folder is written under another name and renamed when it is complete, so t
 whole. Only rank 0 writes; an error there stops all ranks.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -55,8 +56,9 @@ def read_config(spec: str) -> DecoderConfig:
 def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype, lm_head: bool = True) -> Decoder:
     """A decoder from a Hugging Face folder or hub id, read tensor by tensor: no second copy of the model exists.
 
+    On several ranks weights are not read yet: `data_parallel` has each rank read what it is to hold, and no more.
     Args: lm_head: False passes over the files' LM head, if they hold one.
-    Communication: every rank reads what it needs; with stages one gather over pp of the names read.
+    Communication: every rank reads what it needs; with stages one gather over pp of the names of tensors.
     Raises: FileNotFoundError or ValueError naming the file or tensor that does not fit.
     """
     folder = find_folder(path_or_id)
@@ -67,23 +69,19 @@ def load_decoder(path_or_id: str, mesh: Mesh, dtype: torch.dtype, lm_head: bool 
         raise ValueError(f"{path_or_id} is a {classifiers[0]}: it scores texts and has no LM head to write any")
     if notes and mesh.is_logger:
         print(f"{path_or_id}: {', '.join(notes)}")
-    decoder = Decoder(config, mesh, dtype, seed=None, lm_head=lm_head)
+    is_deferred = mesh.world_size > 1
+    decoder = Decoder(config, mesh, dtype, seed=None, lm_head=lm_head, has_storage=not is_deferred)
     decoder.hf_config, decoder.source = hf_config, str(path_or_id)
     generation_config = folder / "generation_config.json"
     decoder.generation_config = read_json(generation_config) if generation_config.exists() else {}
-    with WeightFiles(folder) as files, torch.no_grad():
+    files = WeightFiles(folder)
+    check_tensors(files, decoder, IGNORED if lm_head else re.compile(rf"{IGNORED.pattern}|{LM_HEAD.pattern}"))
+    if is_deferred:
+        decoder.files = files
+        return decoder
+    with files, torch.no_grad():
         for name, parameter in decoder.named_parameters():
-            read_parameter(files, name, parameter, decoder)
-        if lm_head and config.tied_embeddings and decoder.embedding is not None:
-            check_tied_head(files, decoder)
-        ignored = IGNORED if lm_head else re.compile(rf"{IGNORED.pattern}|{LM_HEAD.pattern}")
-        used = set().union(*mesh.gather_objects(files.used, "pp"))  # each stage reads its own
-        unknown = sorted(name for name in set(files.names()) - used if not ignored.search(name))
-        if unknown:
-            raise ValueError(
-                f"{folder}: {len(unknown)} tensors have no place in a {hf_config['model_type']} of this config, "
-                f"the first being {unknown[0]}"
-            )
+            files.read(decoder, name, parameter.view(-1), 0)
     return decoder
 
 
@@ -146,6 +144,9 @@ class WeightFiles:
     def __exit__(self, *_):
         self.handles, self.place = [], {}
 
+    def __deepcopy__(self, _):
+        return self
+
     def names(self) -> list[str]:
         return list(self.place)
 
@@ -157,48 +158,97 @@ class WeightFiles:
                 return self.place[candidate].get_slice(candidate)
         raise ValueError(f"{self.folder}: there is no tensor {name}, which config.json calls for")
 
+    def locate(self, decoder: Decoder, name: str, shape: torch.Size) -> list[tuple]:
+        """The stored tensors, each with its pieces, that make up one of a decoder's; shape: of this rank's part.
 
-def read_parameter(files: WeightFiles, name: str, parameter: Tensor, decoder: Decoder) -> None:
-    """Fills this rank's part of a tensor from the boxes of it that the files hold; padded vocabulary rows become 0."""
-    placement = decoder.placements[name]
-    full_shape = placement.full_shape(parameter.shape)
-    parts = pieces(name, full_shape[0], decoder.config, decoder.hf_config["model_type"])
-    boxes = placement.boxes(parameter.shape, decoder.mesh.tp)
-    if placement.vocab_size is not None:
-        parameter.zero_()
-    for hf_name in dict.fromkeys(piece.hf_name for piece in parts):
-        of_name = [piece for piece in parts if piece.hf_name == hf_name]
-        stored = files.find(hf_name)
-        expected = [sum(piece.size for piece in of_name), *full_shape[1:]]
-        expected = expected[::-1] if of_name[0].transposed else expected
-        if stored.get_shape() != expected:
-            raise ValueError(
-                f"{files.folder}: {hf_name} is {stored.get_shape()}, where config.json calls for {expected}"
-            )
-        for piece in of_name:
-            for here, there in boxes:
-                start = max(piece.start, there[0].start)  # rows of the full tensor that piece and box share
-                stop = min(piece.start + piece.size, there[0].stop)
+        Raises: ValueError naming a tensor that is missing or of another shape.
+        """
+        full_shape = decoder.placements[name].full_shape(shape)
+        parts = pieces(name, full_shape[0], decoder.config, decoder.hf_config["model_type"])
+        found = []
+        for hf_name in dict.fromkeys(piece.hf_name for piece in parts):
+            of_name = [piece for piece in parts if piece.hf_name == hf_name]
+            stored = self.find(hf_name)
+            expected = [sum(piece.size for piece in of_name), *full_shape[1:]]
+            expected = expected[::-1] if of_name[0].transposed else expected
+            if stored.get_shape() != expected:
+                raise ValueError(
+                    f"{self.folder}: {hf_name} is {stored.get_shape()}, where config.json calls for {expected}"
+                )
+            found.append((stored, of_name))
+        return found
+
+    def read(self, decoder: Decoder, name: str, out: Tensor, first: int) -> None:
+        """Fills out [n] with entries first, first + 1, ... of this rank's part of a tensor.
+
+        Only the rows that those entries lie in are read; padded rows of a vocabulary become 0.
+        Raises: ValueError naming the tensor if it holds a NaN or an infinite weight.
+        """
+        shape = decoder.get_parameter(name).shape
+        row, stored = shape[1:].numel(), self.locate(decoder, name, shape)
+        begun = min(-first % row, len(out))  # entries of a row whose others this rank does not want
+        broken = (len(out) - begun) % row
+        place = first
+        for some in out.split([begun, len(out) - begun - broken, broken]):
+            top, column = divmod(place, row)
+            if len(some) % row == 0:
+                self.read_rows(decoder, name, stored, some.view(-1, *shape[1:]), top)
+            else:
+                rows = some.new_empty(1, *shape[1:])
+                self.read_rows(decoder, name, stored, rows, top)
+                some.copy_(rows.view(-1)[column : column + len(some)])
+            place += len(some)
+
+    def read_rows(self, decoder: Decoder, name: str, stored: list[tuple], rows: Tensor, top: int) -> None:
+        """Fills rows [n, ...] with those from `top` on of this rank's part of a tensor; stored: by `locate`."""
+        placement, shape = decoder.placements[name], decoder.get_parameter(name).shape
+        if placement.vocab_size is not None:
+            rows.zero_()
+        boxes = placement.boxes(shape, decoder.mesh.tp)
+        for (tensor, of_name), (here, there) in itertools.product(stored, boxes):
+            shift = here[0].start - there[0].start  # from rows of the full tensor to those of this rank's
+            for piece in of_name:
+                start = max(piece.start, there[0].start, top - shift)
+                stop = min(piece.start + piece.size, there[0].stop, top + len(rows) - shift)
                 if start >= stop:
                     continue
-                rows = slice(start - piece.start + piece.hf_start, stop - piece.start + piece.hf_start)
-                source = stored[there[1], rows].t() if piece.transposed else stored[(rows, *there[1:])]
+                lines = slice(start - piece.start + piece.hf_start, stop - piece.start + piece.hf_start)
+                source = tensor[there[1], lines].t() if piece.transposed else tensor[(lines, *there[1:])]
                 if not all(bound.isfinite() for bound in source.aminmax()):  # isfinite on it all would copy it
-                    raise ValueError(f"{files.folder}: {hf_name} holds a NaN or an infinite weight")
-                shift = here[0].start - there[0].start
-                parameter[(slice(start + shift, stop + shift), *here[1:])].copy_(source)
+                    raise ValueError(f"{self.folder}: {piece.hf_name} holds a NaN or an infinite weight")
+                rows[(slice(start + shift - top, stop + shift - top), *here[1:])].copy_(source)
+
+
+def check_tensors(files: WeightFiles, decoder: Decoder, ignored: re.Pattern) -> None:
+    """Returns if the files hold all tensors that the decoder's config calls for, in their shapes, and no others.
+
+    Communication: with stages one gather over pp of the names of tensors.
+    Raises: ValueError naming the first tensor that does not fit.
+    """
+    for name, parameter in decoder.named_parameters():
+        files.locate(decoder, name, parameter.shape)
+    if decoder.ties_lm_head and decoder.embedding is not None:
+        check_tied_head(files, decoder)
+    used = set().union(*decoder.mesh.gather_objects(files.used, "pp"))  # each stage has its own
+    unknown = sorted(name for name in set(files.names()) - used if not ignored.search(name))
+    if unknown:
+        raise ValueError(
+            f"{files.folder}: {len(unknown)} tensors have no place in a {decoder.hf_config['model_type']} of this "
+            f"config, the first being {unknown[0]}"
+        )
 
 
 def check_tied_head(files: WeightFiles, decoder: Decoder) -> None:
     """Raises ValueError if the files hold an LM head of its own where config.json ties it to the embedding."""
-    embedding = decoder.embedding.weight
-    [(here, there)] = decoder.placements["embedding.weight"].boxes(embedding.shape, decoder.mesh.tp) or [(0, 0)]
+    shape, placement = decoder.embedding.weight.shape, decoder.placements["embedding.weight"]
+    [(stored, _)] = files.locate(decoder, "embedding.weight", shape)
     for name in set(HEADS) & set(files.names()):
-        if not torch.equal(files.find(name)[there].to(embedding), embedding[here]):
-            raise ValueError(
-                f"{files.folder}: {name} differs from the embedding, which config.json ties it to: set "
-                "tie_word_embeddings to false there if the model was trained with a head of its own"
-            )
+        for _, there in placement.boxes(shape, decoder.mesh.tp):
+            if not torch.equal(files.find(name)[there], stored[there]):
+                raise ValueError(
+                    f"{files.folder}: {name} differs from the embedding, which config.json ties it to: set "
+                    "tie_word_embeddings to false there if the model was trained with a head of its own"
+                )
 
 
 def hf_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:

@@ -42,7 +42,7 @@ from parallel.tensor import Placement, placements
 from parallel.training_state import Piece, make_pieces
 
 ALIGNMENT = 64  # entries; every parameter begins at a multiple, as fast matrix products on any device want it
-HASH_BLOCK = 1 << 20  # entries
+HASH_BLOCK = 1 << 16  # entries
 
 
 class Unit:
@@ -77,13 +77,15 @@ class Unit:
         self.part = slice(self.dp.rank * share, (self.dp.rank + 1) * share)
         first = self.parameters[0]
         self.trainable = first.requires_grad
-        self.flat = torch.zeros(self.size, dtype=first.dtype, device=first.device)
-        for i, parameter in enumerate(self.parameters):
-            view = self.view(self.flat, i)
-            view.copy_(parameter.data)
-            parameter.data = view
         self.is_offloaded = False
         self.full: Tensor | None = None  # under zero 3: what the parameters view, with storage only while in use
+        self.flat: Tensor | None = None  # None until weights are read
+        if first.untyped_storage().nbytes():
+            self.flat = torch.zeros(self.size, dtype=first.dtype, device=first.device)
+            for i, parameter in enumerate(self.parameters):
+                view = self.view(self.flat, i)
+                view.copy_(parameter.data)
+                parameter.data = view
         self.gathering: Pending | None = None
         self.flat_grad: Tensor | None = None  # None if frozen
 
@@ -180,6 +182,27 @@ class Unit:
 
     # --- zero 3: whole only while in use ---
 
+    @torch.no_grad()
+    def read(self, decoder: Decoder, offload: bool) -> None:
+        """Fills the weights of a decoder from its files: under zero 3 this rank's part and no more."""
+        dtype, device = self.parameters[0].dtype, self.parameters[0].device
+        if self.zero < 3:
+            whole = self.flat = torch.zeros(self.size, dtype=dtype, device=device)
+        else:
+            whole = self.full = torch.empty(self.size, dtype=dtype, device=device)
+        for i, parameter in enumerate(self.parameters):
+            parameter.data = self.view(whole, i)
+        if self.zero == 3:
+            self.is_offloaded = offload
+            self.free()
+            share, place = self.part.stop - self.part.start, "cpu" if offload else device
+            self.flat = torch.zeros(share, dtype=dtype, device=place, pin_memory=offload and whole.is_cuda)
+        for i, name in enumerate(self.names):
+            here, there = self.overlap(i)
+            out, first = (self.flat[here], there.start) if self.zero == 3 else (self.view(self.flat, i).view(-1), 0)
+            if len(out):
+                decoder.files.read(decoder, name.partition(".")[2], out, first)
+
     def shard(self, offload: bool = False) -> None:
         """Keeps this rank's part of the weights, offloaded in the host's memory.
 
@@ -242,24 +265,30 @@ class DataParallel:
         self._todo: list[Unit] = []  # to be reduced in the backward pass under way, in this order
         self._in_flight: list[Unit] = []
         self._whole: Counter[Unit] = Counter()  # units of zero 3 that are gathered: see Shards
-        mesh.wait_for_all("the models to be read")
-        check_replicas_equal(self.units, mesh, "build every replica from the same files and the same seed")
         for unit in self.units:
             if unit.dp.size > 1:  # one replica has nothing to share out
                 unit.zero = layout.zero if unit.chunk is not None else min(layout.zero, 1)
+        units_of = {role: [unit for unit in self.units if unit.name.partition(".")[0] == role] for role in roles}
+        for role, module in roles.items():
+            if isinstance(module, Decoder):
+                is_frozen = role not in self.decoders
+                offload = is_frozen and "frozen" in layout.offload
+                for unit in units_of[role]:
+                    if offload or (is_frozen and mesh.pp.size > 1):
+                        unit.zero = 3  # not pipelined: a copy of all layers on every stage would be too much
+                    if unit.flat is None:
+                        unit.read(module, offload)
+                module.files = None
+        mesh.wait_for_all("the models to be read")
+        check_replicas_equal(self.units, mesh, "build every replica from the same files and the same seed")
         for role, module in roles.items():
             if isinstance(module, Decoder):
                 module.recompute = layout.recompute
-                units = [unit for unit in self.units if unit.name.partition(".")[0] == role]
-                offload = role not in self.decoders and "frozen" in layout.offload
-                if offload or (role not in self.decoders and mesh.pp.size > 1):
-                    for unit in units:  # not pipelined: a copy of all layers on every stage would be too much
-                        unit.zero = 3
-                if any(unit.zero == 3 for unit in units):
-                    for unit in units:
-                        if unit.zero == 3:
-                            unit.shard(offload)
-                    module.shards = Shards(role, module, units, self._whole)
+                for unit in units_of[role]:
+                    if unit.zero == 3 and unit.full is None:
+                        unit.shard(role not in self.decoders and "frozen" in layout.offload)
+                if any(unit.zero == 3 for unit in units_of[role]):
+                    module.shards = Shards(role, module, units_of[role], self._whole)
         for unit in self._order:
             unit.allocate_gradients()
             if unit.dp.size > 1:
@@ -522,7 +551,9 @@ def describe_nonfinite(model: DataParallel, mesh: Mesh) -> str | None:
 def _hash(flat: Tensor) -> Tensor:
     """An int64 of the bits and their places."""
     bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    weights = torch.arange(1, HASH_BLOCK + 1, device=flat.device) * 0x9E3779B97F4A7C1 | 1  # odd: no bit is lost
+    weights = (
+        torch.arange(1, min(HASH_BLOCK, len(bits)) + 1, device=flat.device) * 0x9E3779B97F4A7C1 | 1
+    )  # odd: no bit is lost
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for block in bits.split(HASH_BLOCK):
         total = total * 0x100000001B3 + (block.long() * weights[: len(block)]).sum()  # modulo 2^64

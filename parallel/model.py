@@ -230,7 +230,8 @@ class Decoder(nn.Module):
     tied to the embedding, both ends hold that.
 
     Args: seed: every parameter is drawn from a generator seeded by (seed, its name); None leaves them uninitialised.
-        lm_head: False leaves out an LM head of its own, of which a reward or value model has no use.
+        lm_head: False leaves out an LM head of its own, of which a reward or value model has no use. has_storage:
+        False: parameters have their shapes and no memory, until somebody gives it to them.
     Raises: ValueError if tp or pp do not fit the model.
     Source: the families' papers; `DecoderConfig` says which parts.
     """
@@ -238,6 +239,7 @@ class Decoder(nn.Module):
     recompute = "none"  # see parallel/recompute.py; set by data parallelism, as is the next
     shards = None  # a `parallel.reshard.Shards` if weights are gathered when a pass comes to them
     fold = None  # a `parallel.reshard.Fold` once rollouts have had all layers on every stage
+    files = None  # the `parallel.checkpoint.WeightFiles` that parameters without storage are still to be read from
 
     def __init__(
         self,
@@ -246,6 +248,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         seed: int | None = 0,
         lm_head: bool = True,
+        has_storage: bool = True,
     ):
         super().__init__()
         self.config, self.mesh, self.dtype, self.has_lm_head = config, mesh, dtype, lm_head
@@ -267,13 +270,19 @@ class Decoder(nn.Module):
                 weight = torch.empty(config.max_seq_len, config.hidden_size, dtype=dtype)
                 self.position_embedding = nn.Embedding(*weight.shape, _weight=weight)
                 self.position_embedding.placements = {"weight": Placement(is_partial=mesh.sequence_parallel)}
-            self.layers = nn.ModuleDict({str(i): Block(config, mesh, dtype) for chunk in self.chunks for i in chunk})
+            self.layers = nn.ModuleDict()
+            for i in (i for chunk in self.chunks for i in chunk):
+                self.layers[str(i)] = Block(config, mesh, dtype)
+                if not has_storage:  # there is never more than one layer
+                    free_storage(self.layers[str(i)])
             if self.is_last:
                 self.final_norm = make_norm(config, dtype, mesh.sequence_parallel)
             if self.is_last and lm_head and not config.tied_embeddings:
                 self.lm_head = VocabParallelHead(
                     config.hidden_size, config.vocab_size, config.head_bias, dtype, mesh.tp
                 )
+        if not has_storage:
+            free_storage(self)
         self.placements = placements(self)  # of every parameter here, by name
         if seed is not None:
             initialise(self, config, seed)
@@ -299,6 +308,7 @@ class Decoder(nn.Module):
         Communication: one all-gather over dp per unit under zero 3, one over tp per parameter sharded there; with
         stages one broadcast over pp per parameter, with its name and shape.
         """
+        assert self.files is None, "weights that data_parallel has not read yet"
         parameters = self.named_parameters() if self.shards is None else self.shards.whole_parameters()
         local = ((name, full_tensor(p.detach(), self.placements[name], self.mesh.tp)) for name, p in parameters)
         pp = self.mesh.pp
@@ -334,6 +344,7 @@ class Decoder(nn.Module):
         Shapes: token ids, position_ids, first_key [batch, seq_len] -> [batch, seq_len, hidden_size]; between layers
             [tokens, hidden_size], under sequence parallelism (without a cache) [tokens / tp, hidden_size]
         """
+        assert self.files is None, "weights that data_parallel has not read yet"
         config, tp = self.config, self.mesh.tp
         layers = range(config.num_layers) if layers is None else layers
         shape, num_tokens = position_ids.shape, position_ids.numel()
@@ -397,6 +408,12 @@ class ScalarHead(nn.Module):
         """hidden [..., hidden_size] -> [...]"""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return F.linear(hidden.to(dtype), self.weight.to(dtype), self.bias.to(dtype)).squeeze(-1)
+
+
+def free_storage(module: nn.Module) -> None:
+    """Gives the parameters' memory back; they stay what they are, of a storage now empty."""
+    for parameter in module.parameters():
+        parameter.data.untyped_storage().resize_(0)
 
 
 def split_heads(heads: Tensor, config: DecoderConfig) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import broadcast_
-from parallel.model import Decoder
+from parallel.model import Decoder, free_storage
 
 if TYPE_CHECKING:
     from parallel.data_parallel import Unit
@@ -123,9 +123,8 @@ class Fold:
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
-        self.whole = Decoder(decoder.config, decoder.mesh.folded, decoder.dtype, None, decoder.has_lm_head)
-        self.whole.requires_grad_(False)
-        self.free()
+        where = decoder.config, decoder.mesh.folded, decoder.dtype
+        self.whole = Decoder(*where, seed=None, lm_head=decoder.has_lm_head, has_storage=False).requires_grad_(False)
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -151,8 +150,7 @@ class Fold:
         free_units(dict.fromkeys(held, 0))
 
     def free(self) -> None:
-        for parameter in self.whole.parameters():
-            parameter.data.untyped_storage().resize_(0)
+        free_storage(self.whole)
 
 
 def stage_of(name: str, decoder: Decoder) -> int:

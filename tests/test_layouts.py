@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -31,9 +32,10 @@ from parallel.reward import save_reward_model
 from parallel.tensor import Placement, fill_local, padded_vocab_size, placements
 from parallel.training_state import load_training_state, save_training_state
 from tasks.random_walks import make_tokenizer
-from tests.ranks import run_ranks
+from tests.ranks import Pool, run_ranks
 from tests.scripts import make_tiny_model, read_rows, run_on_ranks
 from tests.states import full_tensors
+from tests.test_checkpoint import peak_of
 
 VOCAB = 131  # divides by nothing
 SIZES = dict(vocab_size=VOCAB, num_hidden_layers=2, hidden_size=48, num_attention_heads=8, max_position_embeddings=64)
@@ -544,12 +546,13 @@ def test_traffic_is_its_closed_form(case, tp, sequence_parallel):
 def load_and_save(source, target, layout):
     mesh = init_mesh(layout)
     decoder = load_decoder(str(source), mesh, torch.float32)
+    model = data_parallel({"policy": decoder}, mesh, layout)
     save_decoder(decoder, target, mesh)
-    return decoder.num_parameters, matrix_entries(decoder)
+    return decoder.num_parameters, entries_of_layers(model)
 
 
-def matrix_entries(decoder):
-    return sum(p.numel() for p in decoder.layers.parameters() if p.dim() == 2)
+def entries_of_layers(model):
+    return sum(unit.flat.numel() for unit in model.units if ".layers." in unit.name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -559,13 +562,44 @@ def test_folders_are_read_and_written_in_parts(case, tmp_path):
     decoder.hf_config = {**CASES[case], "architectures": ["x"]}
     draw(decoder, init_mesh())
     save_decoder(decoder, tmp_path / "one", init_mesh())
-    for layout, share in ((Layout(tp=4), 0.25), (Layout(pp=2), 0.5), (Layout(pp=2, tp=2), 0.25)):
-        ranks = 2 if share == 0.5 else 4
+    whole = entries_of_layers(data_parallel({"policy": decoder}, init_mesh(), Layout()))
+    layouts = [(4, Layout(tp=4)), (2, Layout(pp=2)), (4, Layout(pp=2, tp=2))]
+    layouts += [(4, Layout(zero=3)), (4, Layout(tp=2, zero=3)), (4, Layout(pp=2, zero=3))]
+    for ranks, layout in layouts:
         found = run_ranks(ranks, load_and_save, tmp_path / "one", tmp_path / show(layout), layout)
         for num_parameters, held in found:
-            assert num_parameters == decoder.num_parameters and held < share * 1.2 * matrix_entries(decoder)
+            assert num_parameters == decoder.num_parameters and held < 1.2 * whole / ranks
         one, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("one", show(layout)))
         assert one.keys() == parts.keys() and all(torch.equal(one[name], parts[name]) for name in one)
+
+
+def peak_of_load(folder, layout):
+    """Most memory while a decoder is loaded, as a multiple of what this rank then holds of it."""
+    mesh = init_mesh(layout)
+
+    def load(name):
+        return data_parallel({"policy": load_decoder(str(folder / name), mesh, torch.float32)}, mesh, layout)
+
+    load("small")  # what is made once in a process
+    model, peak = peak_of(lambda: load("large"))
+    gradients = sum(unit.flat_grad.nbytes for unit in model.units)
+    return (peak - gradients) / sum(unit.flat.nbytes for unit in model.units)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(zero=3), Layout(pp=2)], ids=show)
+def test_a_rank_reads_its_part_and_no_more(layout, tmp_path):
+    config = {**CASES["gpt_neox"], "vocab_size": 4000, "hidden_size": 512, "intermediate_size": 2048}
+    config |= {"num_attention_heads": 8, "num_hidden_layers": 16}
+    for name, changes in (("small", {"hidden_size": 64, "intermediate_size": 64}), ("large", {})):
+        decoder = Decoder(config_from_hf({**config, **changes}, "test")[0], init_mesh())
+        decoder.hf_config = {**config, **changes}
+        save_decoder(decoder, tmp_path / name, init_mesh())
+    del decoder
+    pool = Pool(2)  # without freed memory to use again
+    results, problems = pool.run(peak_of_load, (tmp_path, layout), 60)
+    pool.kill()
+    assert not problems and all(0.9 < peak < 1.05 for peak in results), (problems, results)
 
 
 def train_a_little(case, layout, num_steps, folder, resume=False):

@@ -18,7 +18,9 @@ def commands():
     """The commands of code blocks, continued lines joined."""
     blocks = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [part.strip() for line in lines for part in line.split("&&") if re.match(r"\s*(torchrun|python) ", part)]
+    return [
+        part.strip() for line in lines for part in line.split("&&") if re.match(r"\s*(srun )?(torchrun|python) ", part)
+    ]
 
 
 @pytest.mark.parametrize("command", commands())
@@ -45,6 +47,7 @@ def test_files_and_flags_exist():
     for name in SCRIPTS:
         flags |= {f"--{flag.replace('_', '-')}" for flag in flat_flags(importlib.import_module(name).Args())}
     flags |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
+    flags |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--layout.no-sequence-parallel"}
     flags |= {"--peer", "--threads", "--help", "--no-bos", "--seed"}
     for flag in re.findall(r"`?(--[a-z][\w.-]+)", README):
         assert flag in flags, flag
