@@ -22,7 +22,16 @@ from parallel.rows import Row
 from parallel.run import launch
 from tasks.random_walks import make_tokenizer
 from tests.ranks import run_ranks
-from tests.scripts import assert_explained, make_tiny_model, read_rows, run, start, states_of, without_times
+from tests.scripts import (
+    assert_explained,
+    make_tiny_model,
+    read_rows,
+    run,
+    run_on_ranks,
+    start,
+    states_of,
+    without_times,
+)
 from tests.states import read_state
 from tests.test_generation import CONFIG
 from tests.test_scripts import kill_when
@@ -483,8 +492,7 @@ def test_two_ranks_run(tiny, tmp_path):
     for ranks in (1, 2):
         folder = tmp_path / f"run-{ranks}"
         flags = (*SHORT, "--model", tiny, "--max-steps", 3, "--output-dir", folder)
-        status, _, err = run("ilql.py", *flags, cwd=tmp_path, ranks=ranks)
-        assert status == 0, err
+        run_on_ranks("ilql.py", *flags, cwd=tmp_path, ranks=ranks)
         losses.append([row["loss"] for row in read_rows(folder)])
         evaluations.append((read_rows(folder, "eval"), (folder / "samples.jsonl").read_text()))
         assert len(evaluations[-1][0]) == 2

@@ -33,7 +33,7 @@ from parallel.tensor import Placement, fill_local, padded_vocab_size, placements
 from parallel.training_state import load_training_state, save_training_state
 from tasks.random_walks import make_tokenizer
 from tests.ranks import Pool, run_ranks
-from tests.scripts import make_tiny_model, read_rows, run_on_ranks
+from tests.scripts import TINY_GPT2, make_tiny_model, read_rows, run_on_ranks
 from tests.states import full_tensors
 from tests.test_checkpoint import peak_of
 
@@ -675,7 +675,7 @@ VARYING = re.compile("seconds|tokens_per_second|rollout_mismatch|log_ratio")
 @pytest.mark.parametrize("script", SHORT)
 def test_scripts_run_alike_under_another_layout(script, tmp_path):
     """Rows of metrics and the trained model of one process and of several; ppo.py through stages in both ways."""
-    model = make_tiny_model(tmp_path / "tiny")
+    model = make_tiny_model(tmp_path / "tiny", hf_config={**TINY_GPT2, "n_layer": 4})
     (tmp_path / "mine.py").write_text(COUNTED_REWARD)
     flags = ["--model", model, *SHORT[script]]
     flags += ["--reward", "mine.py:reward"] if script in ("ppo", "ilql") else []
@@ -687,11 +687,22 @@ def test_scripts_run_alike_under_another_layout(script, tmp_path):
     }
     if script == "ppo":
         layouts["both"] = 4, ("--layout.tp", 2)
+        layouts["zero"] = 2, ("--layout.zero", 3, "--layout.recompute", "full")
+        looped = ("--layout.schedule", "interleaved", "--layout.num-chunks", 2, "--layout.zero", 2)
+        layouts["looped"] = 4, ("--layout.pp", 2, *looped, "--layout.offload", "optimizer", "frozen")
         layouts["all"] = 8, ("--layout.tp", 2, "--layout.pp", 2, "--layout.zero", 1, "--layout.rollout", "rotation")
-    callers = {"one": {0}, "tp": {0}, "pp": {0, 1}, "both": {0, 2}, "all": {0, 2}}  # of the reward
+    callers = {
+        "one": {0},
+        "tp": {0},
+        "pp": {0, 1},
+        "both": {0, 2},
+        "all": {0, 2},
+        "zero": {0, 1},
+        "looped": set(range(4)),
+    }  # of the reward
     runs = {}
     for name, (ranks, layout) in layouts.items():
-        run_on_ranks(script, *flags, *layout, "--output-dir", name, cwd=tmp_path, ranks=ranks)
+        run_on_ranks(f"{script}.py", *flags, *layout, "--output-dir", name, cwd=tmp_path, ranks=ranks)
         runs[name] = read_rows(tmp_path / name) + read_rows(tmp_path / name, "eval")
         runs[name].append(load_file(tmp_path / name / "model/model.safetensors"))
         if script == "ppo":
@@ -725,7 +736,7 @@ def test_a_divided_reward_model_scores_alike(tmp_path):
         ("pp", 2, ("--layout.pp", 2, "--layout.rollout", "rotation")),
     ):
         where = (*layout, "--max-iterations", 2, "--output-dir", name)
-        run_on_ranks("ppo", *flags, *where, cwd=tmp_path, ranks=ranks)
+        run_on_ranks("ppo.py", *flags, *where, cwd=tmp_path, ranks=ranks)
         rows.append([(x["score"], x["value_loss"], x["rollout_hash"]) for x in read_rows(tmp_path / name)])
     assert rows[0][-1][0] != rows[0][0][0]
     for one, *others in zip(*rows, strict=True):

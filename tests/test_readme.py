@@ -8,7 +8,7 @@ import pytest
 import tyro
 
 from parallel.run import flat_flags
-from tests.scripts import ROOT
+from tests.scripts import ROOT, make_tiny_model, run
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -16,8 +16,8 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 def commands():
     """The commands of code blocks, continued lines joined."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(text for language, text in blocks if not language).replace("\\\n", " ").splitlines()
     return [
         part.strip() for line in lines for part in line.split("&&") if re.match(r"\s*(srun )?(torchrun|python) ", part)
     ]
@@ -31,6 +31,21 @@ def test_commands_parse(command):
     if words[script].removesuffix(".py") in SCRIPTS:
         module = importlib.import_module(words[script].removesuffix(".py"))
         tyro.cli(module.Args, args=words[script + 1 :])
+
+
+def test_the_layout_of_eight_ranks_runs(tmp_path):
+    """The command as it stands there, on a smaller model and for one iteration."""
+    [command] = [command for command in commands() if "--nproc-per-node 8 ppo.py" in command]
+    words = shlex.split(command)
+    script = words.index("ppo.py")
+    assert words[1:script] == ["--nproc-per-node", "8"]
+    sizes = ["--batch-size", 16, "--minibatch-size", 8, "--microbatch-size", 2, "--eval-samples", 8]
+    flags = [*words[script + 1 :], "--model", make_tiny_model(tmp_path / "tiny"), "--max-iterations", 1, *sizes]
+    status, out, err = run("ppo.py", *flags, "--layout.traffic", cwd=tmp_path, ranks=8)
+    assert status == 0, err
+    assert "data parallel 2 x tensor parallel 2" in out and "pipeline stages 2, 1f1b (processes: 8), on cpu" in out
+    assert all(name in out for name in ("memory     ", "weights ", "gradients ", "optimizer ", "send "))
+    assert (tmp_path / "runs/ppo/model/model.safetensors").exists()
 
 
 def test_every_script_is_shown():

@@ -21,7 +21,7 @@ from parallel.pipeline import forward_backward
 from parallel.reshard import rollout_weights
 from parallel.training_state import load_training_state, save_training_state
 from tests.ranks import run_ranks
-from tests.scripts import make_tiny_model, read_rows, run, without_times
+from tests.scripts import make_tiny_model, read_rows, run_on_ranks, without_times
 from tests.states import read_state
 from tests.test_data_parallel import GRAD_BARS, assert_gradients_close
 from tests.test_model import CASES
@@ -526,8 +526,7 @@ def test_script_gives_the_bits_of_ddp(script, flags, tmp_path):
     layouts["zero-3"] = ["--layout.zero", "3", "--layout.recompute", "full"]
     for name, layout in layouts.items():
         where = ["--model", folder, "--output-dir", tmp_path / name]
-        status, out, err = run(script, *where, *flags, *layout, cwd=tmp_path, ranks=2)
-        assert status == 0, err
+        run_on_ranks(script, *where, *flags, *layout, cwd=tmp_path, ranks=2)
         for event in ("train", "eval"):
             expected = without_times(read_rows(tmp_path / "ddp", event))
             assert without_times(read_rows(tmp_path / name, event)) == expected, name
@@ -540,8 +539,7 @@ def test_checkpoint_of_zero_3_goes_on_in_one_process_and_back(tmp_path):
 
     def losses(name, ranks, *flags):
         where = ["--model", folder, "--output-dir", tmp_path / name]
-        status, _, err = run("sft.py", *where, *SFT, "--resume", *flags, cwd=tmp_path, ranks=ranks)
-        assert status == 0, err
+        run_on_ranks("sft.py", *where, *SFT, "--resume", *flags, cwd=tmp_path, ranks=ranks)
         return [row["loss"] for row in read_rows(tmp_path / name)]
 
     expected = losses("one", 1)
