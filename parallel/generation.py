@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import Visible, attention
-from kernels.decode import decode_attention, decode_bias
+from kernels.decode import Step, append, decode_attention
 from parallel.collectives import Axis, all_gather, all_reduce_, broadcast_, recv_async_, send_async
 from parallel.model import Decoder, DecoderConfig, split_heads
 from parallel.tensor import VOCAB_MULTIPLE, packed_weights
@@ -200,7 +200,7 @@ class KVCache:
         self.config, self.shape = config, (2, num_slots, config.num_kv_heads, 0, config.head_dim)
         self.stored = {i: torch.zeros(self.shape, dtype=dtype, device=device) for i in layers}
         self.slots: Tensor | None = None  # those whose prompts the next forward holds; None: it holds one token of each
-        self.lens: Tensor | None = None  # [slots] tokens cached before that token
+        self.new: Step | None = None  # where those tokens go
 
     def prompt(self, slots: Tensor, num_tokens: int) -> None:
         """The next forward holds the whole prompts of these slots, right-padded to num_tokens."""
@@ -209,13 +209,9 @@ class KVCache:
 
     def step(self, lens: Tensor) -> None:
         """The next forward holds one new token of each of the first len(lens) slots, which have lens tokens cached."""
-        self.slots, self.lens = None, lens
+        self.slots = None
         self.reserve(int(lens.max()) + 1)
-        _, num_slots, num_kv_heads, capacity, _ = self.shape
-        heads = torch.arange(2 * num_slots * num_kv_heads, device=lens.device).view(2, num_slots, num_kv_heads)
-        heads = heads[:, : len(lens)].transpose(0, 1)  # [slots in use, 2, kv_heads], the order of a token's k and v
-        self.places = (heads * capacity + lens[:, None, None]).flatten()  # where each head's new key and value go
-        self.bias: dict[int | None, Tensor] = {}  # by window
+        self.new = Step(lens + 1, self.shape[3])
 
     def reserve(self, num_tokens: int) -> None:
         """Makes room for sequences of num_tokens, layer by layer."""
@@ -230,24 +226,22 @@ class KVCache:
         for stored in self.stored.values():
             stored[:, targets] = stored[:, sources]
 
-    def attention(self, layer: int, heads: Tensor, visible: Visible) -> Tensor:
+    def attention(
+        self, layer: int, heads: Tensor, visible: Visible, tables: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Stores this forward's keys and values, then attends to everything stored.
 
+        Args: tables: of new tokens that are yet to be rotated; those of prompts are.
         Shapes: heads [batch, seq_len, q + k + v heads, head_dim] -> [batch, seq_len, num_heads, head_dim]
         """
-        stored = self.stored[layer]
+        config, stored = self.config, self.stored[layer]
         if self.slots is not None:  # what lies beyond a prompt's end is overwritten before it is ever visible
-            q, k, v = split_heads(heads, self.config)
+            q, k, v = split_heads(heads, config)
             stored[0, self.slots, :, : k.shape[1]] = k.transpose(1, 2)
             stored[1, self.slots, :, : v.shape[1]] = v.transpose(1, 2)
             return attention(q, k, v, visible)
-        q, new = heads[:, 0, : self.config.num_heads], heads[:, 0, self.config.num_heads :]
-        stored.view(-1, stored.shape[-1]).index_copy_(0, self.places, new.reshape(-1, new.shape[-1]))
-        window = visible.window
-        if window not in self.bias:
-            self.bias[window] = decode_bias(self.lens + 1, stored.shape[3], window)
-        keys, values = stored[:, : len(self.lens)]
-        return decode_attention(q, keys, values, self.bias[window])[:, None]
+        q = append(heads.flatten(1), stored, self.new, config.num_heads, tables, config.rotary_interleaved)
+        return decode_attention(q, stored, self.new, visible.window)[:, None]
 
 
 def lm_logits(decoder: Decoder, hidden: Tensor) -> Tensor:

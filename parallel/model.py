@@ -354,6 +354,9 @@ class Decoder(nn.Module):
         tables = None
         if config.rotary_dim:
             tables = tuple(table.to(self.dtype)[:, None] for table in rotary_tables(config, positions))
+        cache_tables = None
+        if kv_cache is not None and kv_cache.slots is None:  # new tokens are rotated where the cache stores them
+            tables, cache_tables = None, tables
         if layers.start == 0:
             token_ids = F.pad(x.flatten(), (0, padding))
             self.enter(0, None)
@@ -371,7 +374,7 @@ class Decoder(nn.Module):
             def attention_fn(heads, layer=layer, i=i):
                 heads = heads[:num_tokens].view(*shape, -1, config.head_dim)  # [batch, seq_len, q + k + v heads, ...]
                 if kv_cache is not None:
-                    attended = kv_cache.attention(i, heads, visible[config.window(i)])
+                    attended = kv_cache.attention(i, heads, visible[config.window(i)], cache_tables)
                 else:
                     attended = attention(*split_heads(heads, layer.config), visible[config.window(i)])
                 attended = attended.reshape(num_tokens, -1)

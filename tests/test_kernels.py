@@ -5,7 +5,7 @@ import torch
 
 from kernels import linear_logprobs as linear_logprobs_file
 from kernels.attention import EXPLICIT_MAX_LEN, Visible, attention
-from kernels.decode import decode_attention, decode_bias
+from kernels.decode import Step, decode_attention
 from kernels.linear_logprobs import linear_logprobs
 
 
@@ -68,11 +68,10 @@ def test_decode_attention_matches_last_row_of_attention(window):
     k, v = (torch.randn(3, 9, 2, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     expected = plain_attention(q, k, v, torch.zeros(3, 9, dtype=torch.long), window)
     last = q[torch.arange(3), lens - 1]  # [3, heads, head_dim]
-    cache = [torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 0, 2), value=torch.nan) for x in (k, v)]
-    for x in cache:
-        for i, n in enumerate(lens):
-            x[i, :, n:] = 7.0  # what a longer sequence left in the slot
-    out = decode_attention(last, cache[0], cache[1], decode_bias(lens, 11, window))
+    cache = torch.stack([torch.nn.functional.pad(x.transpose(1, 2), (0, 0, 0, 2), value=torch.nan) for x in (k, v)])
+    for i, n in enumerate(lens):
+        cache[:, i, :, n:] = 7.0  # what a longer sequence left in the slot
+    out = decode_attention(last, cache, Step(lens, 11), window)
     torch.testing.assert_close(out, expected[torch.arange(3), lens - 1], rtol=1e-12, atol=1e-12)
 
 
