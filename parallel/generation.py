@@ -17,9 +17,10 @@ from torch import Tensor
 
 from kernels.attention import Visible, attention
 from kernels.decode import Step, append, decode_attention
+from kernels.sampler import weigh_shard
 from parallel.collectives import Axis, all_gather, all_reduce_, broadcast_, recv_async_, send_async
 from parallel.model import Decoder, DecoderConfig, split_heads
-from parallel.tensor import VOCAB_MULTIPLE, packed_weights
+from parallel.tensor import packed_weights
 
 NUM_SLOTS = 256  # sequences generated at a time
 CACHE_BLOCK = 32  # tokens; the cache's capacity is a multiple
@@ -114,74 +115,43 @@ def sample_tokens(
     Returns: token_ids [n]; logprobs [n] over the full vocabulary at the sampling temperature (at 1 if that is 0);
         kept_mass [n], the probability that top-k, top-p and num_ids left
     """
-    n, start = len(logits), axis.rank * logits.shape[1]  # the first id here
-    if sampling.temperature not in (0.0, 1.0):
-        logits = logits / sampling.temperature
-    largest = logits.amax(1, keepdim=True)
-    all_reduce_(largest, axis, "max")
-    shifted = logits - largest
-    weights = shifted.exp()
-
-    def sum_blocks() -> Tensor:  # [n, blocks of the whole vocabulary]
-        return gather_vocab(weights.view(n, -1, VOCAB_MULTIPLE).sum(2, dtype=torch.float64), axis)
-
-    sums = sum_blocks()
+    num_local, start = logits.shape[1], axis.rank * logits.shape[1]  # the first id here
+    shard = weigh_shard(logits, sampling.temperature)
+    all_reduce_(shard.largest, axis, "max")
+    sums = gather_vocab(shard.sum_blocks(), axis)  # [n, blocks of the whole vocabulary]
     total = sums.sum(1)
     kept_mass = torch.ones_like(total)
     if num_ids is not None:
-        weights[:, max(num_ids - start, 0) :] = 0
+        shard.drop_ids(num_ids - start)
     if sampling.temperature == 0:
-        best, local_ids = weights.max(1)
+        best, local_ids = shard.kept.max(1)
         over_all = best.clone()
         all_reduce_(over_all, axis, "max")
         token_ids = (local_ids + start).where(best == over_all, torch.iinfo(torch.int64).max)
         all_reduce_(token_ids, axis, "min")
+        logprobs = shard.logprobs(token_ids - start, total)
     else:
         if sampling.truncates:
-            kept = truncate(gather_vocab(weights, axis), total, sampling)
-            weights = kept[:, start : start + logits.shape[1]]
+            whole = shard
+            if axis.size > 1:
+                whole = weigh_shard(gather_vocab(logits, axis), sampling.temperature, shard.largest)
+                whole.drop_ids(num_ids if num_ids is not None else axis.size * num_local)
+            shard.drop_below(whole.border(sampling.top_k, sampling.top_p * total if sampling.top_p < 1 else None))
         if sampling.truncates or num_ids is not None:
-            sums = sum_blocks()
+            sums = gather_vocab(shard.sum_blocks(), axis)
             kept_mass = sums.sum(1) / total
-        prefix = sums.cumsum(1)
-        point = noise * prefix[:, -1]
-        block = (prefix <= point[:, None]).sum(1).clamp(max=prefix.shape[1] - 1)  # [n]
-        point = point - F.pad(prefix, (1, 0)).gather(1, block[:, None])[:, 0]
-        blocks = weights.view(n, -1, VOCAB_MULTIPLE)
-        local_block = (block - start // VOCAB_MULTIPLE).clamp(0, blocks.shape[1] - 1)  # right where the block is here
-        inside = blocks[torch.arange(n, device=block.device), local_block]  # [n, 128]
-        offset = (inside.cumsum(1, dtype=torch.float64) <= point[:, None]).sum(1)
-        last_kept = VOCAB_MULTIPLE - 1 - (inside > 0).flip(1).int().argmax(1)  # rounding must not step past it
-        token_ids = block * VOCAB_MULTIPLE + torch.minimum(offset, last_kept)
-    local_ids = token_ids - start
-    is_here = (local_ids >= 0) & (local_ids < logits.shape[1])
-    picked = shifted.gather(1, local_ids.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        token_ids, logprobs = shard.draw(sums.cumsum(1), noise, total, start)
     if axis.size > 1:  # those who do not hold the token's block have found another
-        found = torch.stack((token_ids.double(), picked.double())).where(is_here, 0.0)
+        is_here = (token_ids >= start) & (token_ids < start + num_local)
+        found = torch.stack((token_ids.double(), logprobs.double())).where(is_here, 0.0)
         all_reduce_(found, axis)
-        token_ids, picked = found[0].long(), found[1]
-    return token_ids, (picked - total.log()).to(logits.dtype), kept_mass
+        token_ids, logprobs = found[0].long(), found[1].to(logits.dtype)
+    return token_ids, logprobs, kept_mass
 
 
 def gather_vocab(x: Tensor, axis: Axis) -> Tensor:
     """Shards of the vocabulary side by side: [n, m] -> [n, tp * m]"""
     return x if axis.size == 1 else all_gather(x[None], axis).transpose(0, 1).flatten(1)
-
-
-def truncate(weights: Tensor, total: Tensor, sampling: Sampling) -> Tensor:
-    """Zeroes the weights that top-k and top-p (of the full distribution) drop; ties at the border stay.
-
-    Shapes: weights [n, vocab], total [n] their sum -> [n, vocab]
-    """
-    ordered = weights.sort(1, descending=True).values
-    border = torch.zeros_like(ordered[:, 0])
-    if 0 < sampling.top_k < weights.shape[1]:
-        border = ordered[:, sampling.top_k - 1]
-    if sampling.top_p < 1:
-        before = ordered.cumsum(1, dtype=torch.float64) - ordered  # mass of the likelier tokens
-        num_kept = (before < sampling.top_p * total[:, None]).sum(1)  # at least 1
-        border = torch.maximum(border, ordered.gather(1, num_kept[:, None] - 1)[:, 0])
-    return weights.where(weights >= border[:, None], 0)
 
 
 class KVCache:
