@@ -42,20 +42,25 @@ def explain_oom(args) -> str:
 
 def describe_memory(model: DataParallel, optimizer: AdamW) -> str:
     """For a run's opening block: what this rank holds, measured from the tensors themselves."""
-    weights, gradients, state = measure_states(model.units, optimizer)
+    weights, gradients, state, host = measure_states(model.units, optimizer)
     frozen = measure_states([unit for unit in model.units if not unit.trainable], None)[0]
     parts = {"weights": weights - frozen, "gradients": gradients, "optimizer": state, "frozen models": frozen}
+    parts["host memory"] = host
     return ", ".join(f"{name} {show(n)}" for name, n in parts.items() if n) + " on a rank"
 
 
-def measure_states(units, optimizer: AdamW | None) -> tuple[int, int, int]:
-    """Bytes allocated for weights, gradients and optimizer state; what several tensors share counts for the first."""
-    weights = [x for unit in units for x in (unit.flat, *unit.parameters)]
+def measure_states(units, optimizer: AdamW | None) -> tuple[int, int, int, int]:
+    """Bytes allocated for weights, gradients and optimizer state, and for what lies in the host's memory; what several
+    tensors share counts for the first."""
+    weights = [x for unit in units for x in (unit.flat, *unit.parameters) if not (unit.is_offloaded and x is unit.flat)]
     gradients = [unit.flat_grad for unit in units if unit.trainable]
     state = [x for of_unit in optimizer.state.values() for x in of_unit.values()] if optimizer else []
+    host = [unit.flat for unit in units if unit.is_offloaded]
+    if optimizer and optimizer.offload:
+        host, state = [*host, *state, *(grad for _, grad in optimizer._grads.values())], []
     seen: set[int] = set()
     totals = []
-    for tensors in (weights, gradients, state):
+    for tensors in (weights, gradients, state, host):
         storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
         totals.append(sum(nbytes for key, nbytes in storages.items() if key not in seen))
         seen |= storages.keys()
@@ -115,7 +120,7 @@ def make_option(job: Job, layout: Layout, world_size: int) -> Option:
     entries = sum(unit.size for name in stage.decoders for unit in stage.units[name])
     work = 6 * entries * stage.num_microbatches * stage.tokens / FLOPS * (1 + EXTRA_WORK[layout.recompute])
     seconds = {"work": work / (1 - bubble)}
-    for (axis, _), nbytes in stage.traffic()["step"].items():
+    for (axis, _), nbytes in stage.step_traffic().items():
         ranks = {"tp": stage.tp, "dp": stage.tp * stage.dp}.get(axis, world_size)
         seconds[axis] = seconds.get(axis, 0.0) + nbytes / (FAST if ranks <= MACHINE else SLOW)
     return Option(layout, found, seconds, bubble)
@@ -159,9 +164,9 @@ def describe_plan(job: Job, layout: Layout, world_size: int, gib: float) -> str:
         f"bytes of a rank{where}",
         *memory_lines(found),
     ]
-    for what, sent in stage.traffic().items():
+    for what, sent in (("an optimizer step", stage.step_traffic()), ("a rollout, at most", stage.rollout_traffic())):
         if any(sent.values()):
-            lines.append(f"sent by a rank in {'an optimizer step' if what == 'step' else 'a rollout'}")
+            lines.append(f"sent by a rank in {what}")
             lines += [f"  {axis + ' ' + op:20}{show(n):>10}" for (axis, op), n in sorted(sent.items()) if n]
     if stage.pp > 1:
         idle = idle_share(layout.schedule, stage.pp, stage.num_microbatches, layout.num_chunks)

@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from kernels.attention import Visible
+from parallel.checkpoint import read_config
 from parallel.collectives import traffic
 from parallel.data_parallel import data_parallel
 from parallel.families import config_from_hf
@@ -24,7 +25,7 @@ from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward
-from parallel.plan import GIB, describe_memory, explain_oom, measure_states, options, read_config, recommend
+from parallel.plan import GIB, describe_memory, explain_oom, measure_states, options, recommend
 from parallel.rehearsal import make_default_loss, rehearse
 from tests.ranks import run_ranks
 from tests.scripts import ROOT
@@ -77,6 +78,12 @@ def test_states_are_what_is_allocated(case, zero, ranks, tp):
             assert all(name in text for name in ("weights", "gradients", "optimizer", "frozen models"))
 
 
+def less_metrics(sent, mesh_dp):
+    """Bytes sent in a step less those of numbers: of micro-batches, the loss, and both on their way between stages."""
+    numbers = Counter({("dp", "all_reduce"): 2 * (2 * 8 * (mesh_dp - 1) // mesh_dp)})
+    return dict(Counter(sent) - numbers)
+
+
 def sent(case, layout, num_microbatches):
     """Bytes sent in a step, less the metrics, as they were counted and by the plan."""
     config, model, optimizer = make_model(case, layout, torch.float32)
@@ -90,10 +97,10 @@ def sent(case, layout, num_microbatches):
     forward_backward(model, [microbatch] * num_microbatches, make_default_loss(model.roles, mesh))
     clip_grad_norm(model, 1.0, mesh)
     assert optimizer.step()
-    found = Counter(traffic()) - before - Counter({("dp", "all_reduce"): 2 * 8 * (mesh.dp.size - 1) // mesh.dp.size})
+    found = less_metrics(Counter(traffic()) - before, mesh.dp.size)
     job = make_job(config, dp=mesh.dp.size, num_microbatches=num_microbatches)
     stage = Stage(job, layout, mesh.world_size, replica=mesh.dp.rank)
-    return dict(found), {key: n for key, n in stage.traffic()["step"].items() if n}
+    return found, {key: n for key, n in stage.step_traffic().items() if n}
 
 
 LAYOUTS = [(2, Layout(tp=1, zero=zero)) for zero in range(4)]
@@ -138,9 +145,9 @@ def saved(case, layouts):
             del hidden
         stage = Stage(make_job(config, seq_len=151), layout, mesh.world_size)
         role = stage.job.policy
-        planned = stage.saved_by_stage() + stage.last_state(role)
-        if layout.recompute == "full":  # hooks do not see the rotary tables, which every layer's recomputation shares
-            planned -= role.itemsize * stage.tokens * 2 * -(-config.rotary_dim // 2)
+        planned = stage.saved_by_chunk(0) + stage.last_state(role)
+        if layout.recompute == "full":  # hooks do not see rotary tables and mask, which all recomputations share
+            planned -= role.itemsize * stage.tokens * 2 * -(-config.rotary_dim // 2) + stage.places * stage.job.seq_len
         results.append((totals[1] - totals[0], stage.saved_by_layer(role, layout.recompute), totals[1], planned))
     return results
 
@@ -184,14 +191,12 @@ def check(config, ranks, layout, itemsize=2, rank=0, **sizes):
     found = rehearse(job, layout, ranks, rank)
     planned = Stage(job, layout, ranks, replica=rank // layout.tp)
     states = [sum(x) for x in zip(*(unit.state() for units in planned.units.values() for unit in units), strict=True)]
-    assert tuple(states) == (found.weights, found.gradients, found.optimizer)
-    phases = planned.memory().phases
+    assert tuple(states) == (found.weights, found.gradients, found.optimizer, found.host)
+    phases, states = planned.memory().phases, states[:3]
     assert sum(states) + sum(phases["update"].values()) == pytest.approx(found.update, rel=0.01)
     if job.rollout:
         assert sum(states) + sum(phases["rollout"].values()) == pytest.approx(found.rollout, rel=0.01)
-    metrics = 2 * 8 * (planned.dp - 1) // planned.dp
-    sent = Counter(found.step_traffic) - Counter({("dp", "all_reduce"): metrics})
-    assert dict(sent) == {key: n for key, n in planned.traffic()["step"].items() if n}
+    assert less_metrics(found.step_traffic, planned.dp) == {key: n for key, n in planned.step_traffic().items() if n}
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -312,11 +317,11 @@ def test_heads_of_ilql_are_counted():
         }
 
     def make_loss(roles, mesh):
-        def loss_fn(microbatch):
+        def loss_fn(hidden, microbatch):
             fields = {name: torch.zeros(microbatch["input_ids"].shape) for name in ("rewards",)}
             fields |= {name: microbatch["mask"] for name in ("action_mask", "terminal")}
             targets = roles["target_q_heads"]
-            return ilql.ilql_loss({**microbatch, **fields}, roles, targets, args, 100)
+            return ilql.ilql_loss(hidden, {**microbatch, **fields}, roles, targets, args, 100)
 
         return loss_fn
 
