@@ -405,6 +405,10 @@ class Stage:
                 absent += unit.state()[1] * counts[unit.section] * (unit.zero >= 2)
         return absent
 
+    def read_by_heads(self, role: Role) -> tuple[str, ...]:
+        """Sections of a decoder that stay whole from the last part's forward to its backward."""
+        return ("output", "input") if self.pp == 1 and role.lm_head and role.config.tied_embeddings else ("output",)
+
     def update(self) -> dict[str, int]:
         """Bytes beside what is held at the peak of an optimizer step: the largest of some moments of its backward."""
         moments = []
@@ -415,8 +419,10 @@ class Stage:
 
         saved = [self.saved_by_chunk(chunk) for chunk in range(self.num_chunks)]
         by_heads = self.saved_by_heads() if self.is_last else 0
-        outputs = [self.section(name, "output") for name in self.decoders] if self.is_last else []
-        output = sum(unit.itemsize * unit.size for unit in outputs if unit.zero == 3)  # stays until its backward
+        read = [
+            u for name, role in self.decoders.items() for u in self.units[name] if u.section in self.read_by_heads(role)
+        ]
+        output = sum(unit.itemsize * unit.size for unit in read if unit.zero == 3)  # stays until its backward
         for chunk, waiting, done, messages in self.backwards():
             gradient = not self.is_end(chunk)  # what has come for this pass lies there to its end
             others = sum(n * x for n, x in zip(waiting, saved, strict=True)) + waiting[-1] * by_heads
@@ -510,7 +516,7 @@ class Stage:
     def forward(self, role: Role, tokens: int, share: float = 1.0) -> int:
         """Bytes of a forward pass without gradient; share: of the tokens that lie here between the matrices."""
         config, local = role.config, role.config.shard(self.tp)
-        states = 1 + 2 * share * (1 + (self.tp > 1))  # a product; layer and residual stream, their sums and biased sums
+        states = 1 + share * (2 + (self.tp > 1))  # a product; residual stream before and after attention; a sum over tp
         heads = (local.num_heads + 2 * local.num_kv_heads) * config.head_dim
         return int(role.itemsize * tokens * ((2 + config.gated) * local.ffn_size + config.hidden_size * states + heads))
 
@@ -530,7 +536,8 @@ class Stage:
         cache = groups * num_layers * layer_cache
         prompt_len = max(job.seq_len - job.new_tokens, 1)
         tokens = min(max(PREFILL_TOKENS // prompt_len, 1), self.slots) * prompt_len
-        working = [self.forward(role, tokens), layer_cache, on_its_way - cache]
+        came = e * tokens * config.hidden_size if groups > 1 and not (self.is_first and self.num_chunks == 1) else 0
+        working = [self.forward(role, tokens) + came, layer_cache, on_its_way - cache]
         if has_head:
             working.append(
                 self.slots * padded_vocab_size(config.vocab_size, self.tp) // self.tp * (e + 4 * 4) + layer_cache
@@ -651,15 +658,17 @@ class Stage:
             found["pp", "send"] += states * (self.num_chunks - self.is_last)
             self.count(found, "pp", "broadcast", 3 * 8 * drawn)
         passes = math.ceil(job.described / (self.dp * job.microbatch))
-        self.count_forwards(found, self.decoders, passes)
+        self.count_forwards(found, self.decoders, passes, passes)
         self.count_messages(found, passes, both_ways=False)
         for name, role in job.roles.items():
             if role.config and not role.trainable and role.in_units:
-                self.count_forwards(found, {name: role}, math.ceil(passes / self.pp))
+                mine = len(range(self.stage, passes, self.pp))
+                self.count_forwards(found, {name: role}, math.ceil(passes / self.pp), mine)
         return found
 
-    def count_forwards(self, found: Counter, roles: dict[str, Role], passes: int) -> None:
-        """What forward passes of some decoders without gradient cost; those of frozen ones see all of their layers."""
+    def count_forwards(self, found: Counter, roles: dict[str, Role], passes: int, reads: int) -> None:
+        """What forward passes of some decoders without gradient cost, of which the heads read some; those of frozen
+        ones see all of their layers."""
         chunks = 1
         for role in roles.values():
             states, layers = role.itemsize * self.tokens * role.config.hidden_size, self.layers(role)
@@ -671,7 +680,7 @@ class Stage:
             else:
                 self.count(found, "tp", "all_reduce", states, passes * (2 * n + is_first))
             if role.lm_head and is_last:
-                self.count(found, "tp", "all_reduce", 4 * max(role.itemsize, 4) * self.scored, passes)
+                self.count(found, "tp", "all_reduce", 4 * max(role.itemsize, 4) * self.scored, reads)
         self.count_gathers(found, roles, [Action("F", chunk, i) for chunk in range(chunks) for i in range(passes)])
 
 

@@ -244,6 +244,7 @@ def play_pass(one: Pass, sampler: Decoder, cache: KVCache) -> None:
     """A group's pass through this stage, and the drawing of its tokens."""
     mesh, came = sampler.mesh, one.token_ids
     for i, chunk in enumerate(sampler.chunks):
+        states = None
         if not (sampler.is_first and i == 0):
             came = torch.empty(one.token_ids.numel(), sampler.config.hidden_size, dtype=sampler.dtype)
         states = one.forward(sampler, cache, came, chunk)

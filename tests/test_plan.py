@@ -21,12 +21,15 @@ from parallel.collectives import traffic
 from parallel.data_parallel import data_parallel
 from parallel.families import config_from_hf
 from parallel.footprint import Job, Role, Stage, memory, scalar_head
+from parallel.generation import Sampling, generate
 from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
-from parallel.pipeline import forward_backward
+from parallel.pipeline import forward_backward, forward_folded, forward_only
 from parallel.plan import GIB, describe_memory, explain_oom, measure_states, options, recommend
 from parallel.rehearsal import make_default_loss, rehearse
+from parallel.reshard import rollout_weights
+from parallel.tensor import hidden_before, vocab_parallel_logprobs
 from tests.ranks import run_ranks
 from tests.scripts import ROOT
 from tests.test_layouts import CASES
@@ -49,23 +52,31 @@ def make_job(config, itemsize=4, seq_len=SEQ_LEN, num_microbatches=2, dp=1, rows
 
 def make_model(case, layout, dtype):
     mesh = init_mesh(layout)
-    config = config_from_hf(CASES[case], "test")[0]
+    config = replace(config_from_hf(CASES[case], "test")[0], num_layers=5 if layout.pp > 1 else 2)
     roles = {
         "policy": Decoder(config, mesh, dtype),
-        "ref_policy": Decoder(config, mesh, dtype).requires_grad_(False),
+        "ref_policy": Decoder(config, mesh.folded, dtype).requires_grad_(False),
         "value_head": ScalarHead(config.hidden_size, mesh, std=0.1),
     }
     model = data_parallel(roles, mesh, layout)
     return config, model, AdamW(model, 1e-3)
 
 
-def allocated(case, layout, dtype):
-    """Bytes of weights, gradients and optimizer state, as they are and by the plan."""
-    config, model, optimizer = make_model(case, layout, dtype)
-    stage = Stage(make_job(config, dtype.itemsize, dp=model.mesh.dp.size), layout, model.mesh.world_size)
+def stage_of(job, mesh):
+    return Stage(job, mesh.layout, mesh.world_size, mesh.pp.rank, mesh.dp.rank)
+
+
+def all_states(stage):
+    """Bytes of weights, gradients, optimizer state, and what is in the host's memory."""
     states = [unit.state() for units in stage.units.values() for unit in units]
-    text = describe_memory(model, optimizer)
-    return measure_states(model.units, optimizer), tuple(map(sum, zip(*states, strict=True))), text
+    return tuple(map(sum, zip(*states, strict=True)))
+
+
+def allocated(case, layout, dtype):
+    """Bytes of states, as they are and by the plan, and what a run says of them."""
+    config, model, optimizer = make_model(case, layout, dtype)
+    planned = all_states(stage_of(make_job(config, dtype.itemsize, dp=model.mesh.dp.size), model.mesh))
+    return measure_states(model.units, optimizer), planned, describe_memory(model, optimizer)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama"])
@@ -78,28 +89,64 @@ def test_states_are_what_is_allocated(case, zero, ranks, tp):
             assert all(name in text for name in ("weights", "gradients", "optimizer", "frozen models"))
 
 
-def less_metrics(sent, mesh_dp):
+LOOPED = dict(pp=2, schedule="interleaved", num_chunks=2)
+PIPED = [(2, Layout(pp=2)), (4, Layout(pp=4, schedule="gpipe")), (4, Layout(pp=2, tp=2, zero=1))]
+PIPED += [(4, Layout(pp=2, tp=2, sequence_parallel=False, recompute="full")), (4, Layout(pp=2, zero=1))]
+PIPED += [(4, Layout(pp=2, zero=3)), (4, Layout(pp=2, zero=3, schedule="gpipe")), (4, Layout(pp=2, zero=2))]
+PIPED += [(2, Layout(**LOOPED)), (4, Layout(zero=3, **LOOPED)), (4, Layout(tp=2, recompute="selective", **LOOPED))]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_states_of_stages_are_what_is_allocated(case):
+    for i, (ranks, layout) in enumerate(PIPED):
+        results = run_ranks(ranks, allocated, case, layout, (torch.float32, torch.bfloat16)[i % 2])
+        for rank, (real, planned, _) in enumerate(results):
+            assert real == planned, (layout, rank)
+        assert len({real for real, *_ in results}) > 1, "stages should differ"
+
+
+OFFLOADED = [(1, Layout()), (2, Layout()), (2, Layout(zero=1)), (2, Layout(zero=3)), (4, Layout(pp=2, zero=1))]
+
+
+@pytest.mark.parametrize("offload", [("optimizer",), ("frozen",), ("optimizer", "frozen")], ids=str)
+def test_what_is_offloaded_is_counted_apart(offload):
+    for i, (ranks, layout) in enumerate(OFFLOADED):
+        dtype, layout = (torch.float32, torch.bfloat16)[i % 2], replace(layout, offload=offload)
+        results = (
+            [allocated("llama", layout, dtype)] if ranks == 1 else run_ranks(ranks, allocated, "llama", layout, dtype)
+        )
+        for real, planned, text in results:
+            assert real == planned, (layout, real, planned)
+            assert real[3] > 0 and "host memory" in text
+            assert "optimizer" in offload or real[2] > 0
+
+
+def less_metrics(sent, stage):
     """Bytes sent in a step less those of numbers: of micro-batches, the loss, and both on their way between stages."""
-    numbers = Counter({("dp", "all_reduce"): 2 * (2 * 8 * (mesh_dp - 1) // mesh_dp)})
-    return dict(Counter(sent) - numbers)
+    number = 2 * 8 * (stage.dp - 1) // stage.dp
+    found = Counter(sent) - Counter({("dp", "all_reduce"): number * (1 + stage.is_last)})
+    assert found.pop(("pp", "broadcast"), 0) < 1000
+    return dict(found)
+
+
+def make_microbatch():
+    ids = torch.zeros(ROWS, SEQ_LEN, dtype=torch.long)
+    mask = (torch.arange(SEQ_LEN) > 0).expand(ROWS, SEQ_LEN)
+    positions = torch.arange(SEQ_LEN).expand(ROWS, SEQ_LEN)
+    return {"input_ids": ids, "position_ids": positions, "first_key": torch.zeros_like(ids), "mask": mask}
 
 
 def sent(case, layout, num_microbatches):
     """Bytes sent in a step, less the metrics, as they were counted and by the plan."""
     config, model, optimizer = make_model(case, layout, torch.float32)
     mesh = model.mesh
-    ids = torch.zeros(ROWS, SEQ_LEN, dtype=torch.long)
-    mask = (torch.arange(SEQ_LEN) > 0).expand(ROWS, SEQ_LEN)
-    positions = torch.arange(SEQ_LEN).expand(ROWS, SEQ_LEN)
-    microbatch = {"input_ids": ids, "position_ids": positions, "first_key": torch.zeros_like(ids), "mask": mask}
     before = Counter(traffic())
     model.zero_grad()
-    forward_backward(model, [microbatch] * num_microbatches, make_default_loss(model.roles, mesh))
+    forward_backward(model, [make_microbatch()] * num_microbatches, make_default_loss(model.roles, mesh))
     clip_grad_norm(model, 1.0, mesh)
     assert optimizer.step()
-    found = less_metrics(Counter(traffic()) - before, mesh.dp.size)
-    job = make_job(config, dp=mesh.dp.size, num_microbatches=num_microbatches)
-    stage = Stage(job, layout, mesh.world_size, replica=mesh.dp.rank)
+    stage = stage_of(make_job(config, dp=mesh.dp.size, num_microbatches=num_microbatches), mesh)
+    found = less_metrics(Counter(traffic()) - before, stage)
     return found, {key: n for key, n in stage.step_traffic().items() if n}
 
 
@@ -115,6 +162,55 @@ def test_traffic_is_what_is_sent(case):
     half = list(CASES).index(case) % 2
     for i, (ranks, layout) in enumerate(LAYOUTS[half::2]):
         for rank, (found, planned) in enumerate(run_ranks(ranks, sent, case, layout, 1 + i % 2)):
+            assert found == planned, (layout, rank)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_traffic_of_stages_is_what_is_sent(case):
+    half = list(CASES).index(case) % 2
+    for ranks, layout in PIPED[half::2]:
+        results = run_ranks(ranks, sent, case, layout, 4)
+        for rank, (found, planned) in enumerate(results):
+            assert found == planned, (layout, rank)
+        assert all(found["pp", "send"] for found, _ in results)
+
+
+def sent_for_a_rollout(case, layout):
+    """Bytes sent for samples that all have their full length, and to describe them, as counted and by the plan."""
+    config, model, _ = make_model(case, layout, torch.float32)
+    mesh, policy, new_tokens = model.mesh, model.roles["policy"], 6
+    before = Counter(traffic())
+    with rollout_weights(policy) as sampler:
+        mine = range(8)[sampler.mesh.dp.rank :: sampler.mesh.dp.size]
+        prompts = [[7] * (SEQ_LEN - new_tokens)] * len(mine)
+        sampling = Sampling(max_new_tokens=new_tokens)
+        generate(sampler, prompts, sampling, eos_ids=[], sample_ids=list(mine), seed=1, num_ids=config.vocab_size - 2)
+    microbatches, ref_policy = [make_microbatch()] * 3, model.roles["ref_policy"]
+
+    def read(decoder, hidden, microbatch):
+        mask = microbatch["mask"]
+        vocab_parallel_logprobs(hidden_before(hidden, mask), decoder, microbatch["input_ids"][mask])
+
+    forward_only({"policy": policy}, microbatches, lambda hidden, x: read(policy, hidden["policy"], x))
+    for microbatch, hidden in forward_folded(ref_policy, microbatches, mesh):
+        read(ref_policy, hidden, microbatch)
+    job = replace(
+        make_job(config, dp=mesh.dp.size, rollout=8, new_tokens=new_tokens), described=3 * ROWS * mesh.dp.size
+    )
+    found = Counter(traffic()) - before
+    return dict(found), {key: n for key, n in stage_of(job, mesh).rollout_traffic().items() if n}
+
+
+ROLLOUTS = [(2, Layout(tp=2)), (4, Layout(tp=2, zero=3)), (2, Layout(pp=2, rollout="folded"))]
+ROLLOUTS += [(2, Layout(pp=2, rollout="rotation")), (4, Layout(pp=2, tp=2, rollout="folded"))]
+ROLLOUTS += [(4, Layout(pp=2, tp=2, rollout="rotation")), (4, Layout(pp=2, zero=3, rollout="folded"))]
+ROLLOUTS += [(4, Layout(pp=2, zero=3, rollout="rotation")), (4, Layout(tp=2, rollout="rotation", **LOOPED))]
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_traffic_of_rollouts_is_what_is_sent(case):
+    for ranks, layout in ROLLOUTS:
+        for rank, (found, planned) in enumerate(run_ranks(ranks, sent_for_a_rollout, case, layout)):
             assert found == planned, (layout, rank)
 
 
@@ -187,16 +283,18 @@ CELLS = {
 
 
 def check(config, ranks, layout, itemsize=2, rank=0, **sizes):
-    job = make_job(config, itemsize, dp=ranks // layout.tp, **sizes)
+    """The plan of a rank against its rehearsal: states and traffic in integers, peaks within 1 %."""
+    dp = ranks // layout.tp // layout.pp
+    job = make_job(config, itemsize, dp=dp, **sizes)
     found = rehearse(job, layout, ranks, rank)
-    planned = Stage(job, layout, ranks, replica=rank // layout.tp)
-    states = [sum(x) for x in zip(*(unit.state() for units in planned.units.values() for unit in units), strict=True)]
-    assert tuple(states) == (found.weights, found.gradients, found.optimizer, found.host)
-    phases, states = planned.memory().phases, states[:3]
-    assert sum(states) + sum(phases["update"].values()) == pytest.approx(found.update, rel=0.01)
+    planned = Stage(job, layout, ranks, stage=rank // (layout.tp * dp), replica=rank // layout.tp % dp)
+    states = all_states(planned)
+    assert states == (found.weights, found.gradients, found.optimizer, found.host)
+    phases, on_device = planned.memory().phases, sum(states[:3])
+    assert on_device + sum(phases["update"].values()) == pytest.approx(found.update, rel=0.01)
     if job.rollout:
-        assert sum(states) + sum(phases["rollout"].values()) == pytest.approx(found.rollout, rel=0.01)
-    assert less_metrics(found.step_traffic, planned.dp) == {key: n for key, n in planned.step_traffic().items() if n}
+        assert on_device + sum(phases["rollout"].values()) == pytest.approx(found.rollout, rel=0.01)
+    assert less_metrics(found.step_traffic, planned) == {key: n for key, n in planned.step_traffic().items() if n}
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -204,6 +302,28 @@ def test_plan_equals_a_rehearsal(cell):
     config, ranks, layout, rows = CELLS[cell]
     rollout = dict(rollout=16 * ranks, new_tokens=256) if cell in ("neox", "gpt2", "qwen3, gathered") else {}
     check(config, ranks, layout, 4 if "float32" in cell else 2, rank=ranks - 1, seq_len=1024, rows=rows, **rollout)
+
+
+STAGES = {
+    "neox": (PYTHIA, 4, Layout(pp=4), 4),
+    "neox, gathered": (PYTHIA, 8, Layout(pp=4, zero=3, recompute="full"), 4),
+    "neox, folded": (PYTHIA, 4, Layout(pp=2, zero=3, schedule="gpipe", rollout="folded"), 4),
+    "neox, rotating": (PYTHIA, 4, Layout(pp=2, tp=2, zero=1, recompute="full", rollout="rotation"), 4),
+    "qwen3": (QWEN, 4, Layout(pp=2, tp=2, zero=1), 2),
+    "qwen3, rotating": (QWEN, 4, Layout(zero=3, recompute="selective", rollout="rotation", **LOOPED), 4),
+    "gpt2, folded": (GPT2, 2, Layout(rollout="folded", **LOOPED), 4),
+    "gpt2": (GPT2, 4, Layout(pp=2, schedule="gpipe", zero=2), 4),
+    "llama, offloaded": (LLAMA, 8, Layout(pp=2, tp=4, offload=("optimizer", "frozen")), 1),
+}
+
+
+@pytest.mark.parametrize("cell", STAGES)
+def test_plan_of_every_stage_equals_a_rehearsal(cell):
+    config, ranks, layout, num_microbatches = STAGES[cell]
+    rollout = dict(rollout=16 * ranks, new_tokens=256) if "rotating" in cell or "folded" in cell else {}
+    for stage in range(layout.pp):
+        rank = (stage + 1) * ranks // layout.pp - 1
+        check(config, ranks, layout, rank=rank, seq_len=1024, num_microbatches=num_microbatches, **rollout)
 
 
 BIG = {
