@@ -19,6 +19,7 @@ heads, f the network, g = 2 of them where there are gate and up projections, els
 a parallel residual saves one s h; q/k norms keep their input, too, and every attention its [rows, len, len] mask.
 """
 
+import functools
 import itertools
 import math
 from collections import Counter
@@ -104,7 +105,7 @@ class PlannedUnit:
     axis: str = "dp"  # over which its replicas lie
     is_offloaded: bool = False  # its optimizer state, or frozen its weights, are in the host's memory
 
-    @property
+    @functools.cached_property
     def offsets(self) -> list[tuple[Parameter, int]]:
         found, end = [], 0
         for parameter in sorted(self.parameters, key=lambda parameter: len(parameter.shape) < 2):
@@ -112,7 +113,7 @@ class PlannedUnit:
             end += -(-math.prod(parameter.shape) // ALIGNMENT) * ALIGNMENT
         return found
 
-    @property
+    @functools.cached_property
     def share(self) -> int:
         """Entries of one replica's part."""
         parameter, offset = self.offsets[-1]
@@ -176,6 +177,9 @@ def sections(config: DecoderConfig, tp: int, shards_tokens: bool, lm_head: bool)
     }
 
 
+layers_by_part = functools.lru_cache(maxsize=256)(DecoderConfig.layers_by_part)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of the rank that holds most."""
@@ -237,7 +241,7 @@ class Stage:
         """How many layers of a decoder each chunk of this stage has; a frozen one has no stages."""
         if self.pp == 1 or not role.trainable:
             return [role.config.num_layers]
-        return role.config.layers_by_part(self.layout, role.lm_head)[self.stage :: self.pp]
+        return layers_by_part(role.config, self.layout, role.lm_head)[self.stage :: self.pp]
 
     def is_start(self, chunk: int) -> bool:
         """Whether this is the first part of the model."""
@@ -281,7 +285,8 @@ class Stage:
 
     # --- memory ---
 
-    def memory(self) -> Memory:
+    def held(self) -> tuple[dict[str, int], int]:
+        """Bytes that lie there always, by component, and in the host's memory."""
         held: Counter[str] = Counter()
         host = 0
         for name, role in self.job.roles.items():
@@ -292,6 +297,10 @@ class Stage:
             else:
                 held[name.replace("_", " ")] = sum(states)
         held["CUDA context"] = CUDA_CONTEXT
+        return dict(held), host
+
+    def memory(self) -> Memory:
+        held, host = self.held()
         phases = {"update": self.update()}
         if self.job.rollout:
             phases["rollout"] = self.rollout()
@@ -299,7 +308,7 @@ class Stage:
             if not role.in_units and role.config:  # a reward model
                 tokens = SCORED_TOGETHER * self.job.seq_len
                 phases["score"] = {"forward": self.forward(role, tokens, self.tokens_local / self.tokens)}
-        return Memory(self.stage, dict(held), host, phases)
+        return Memory(self.stage, held, host, phases)
 
     def saved_by_layer(self, role: Role, recompute: str) -> int:
         """Bytes that a layer keeps of a micro-batch for the backward: see the module's docstring."""
