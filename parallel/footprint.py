@@ -355,16 +355,21 @@ class Stage:
 
     def saved_by_heads(self) -> int:
         """Bytes that the heads on the last stage keep of a micro-batch: states of scored tokens, and what they make."""
-        n, trunk, saved = self.scored, self.job.policy, 0
+        n, saved = self.scored, 0
         for role in self.trained.values():
             if role.config:  # with states, their indices and log-probabilities
                 saved += self.last_state(role) + n * (role.itemsize * role.config.hidden_size + 40)
-            elif role.itemsize > trunk.itemsize:  # reads a wider copy of the states
-                saved += n * role.itemsize * trunk.config.hidden_size
+            else:
+                saved += self.wider_states(role)
             inner = [shape[0] for shape in role.shapes if len(shape) == 2 and shape[0] not in ("vocab", 1)]
             saved += n * role.itemsize * sum(inner)
         kept = [max(e, 4) * n * rows for rows, _, e, _ in self.vocabulary_products() if n <= CHUNK_ELEMENTS // rows]
         return saved + sum(kept)
+
+    def wider_states(self, role: Role) -> int:
+        """Bytes of the copy of the states that a head reads which is wider than the trunk."""
+        trunk = self.job.policy
+        return self.scored * role.itemsize * trunk.config.hidden_size * (role.itemsize > trunk.itemsize)
 
     def vocabulary_products(self) -> list[tuple[int, int, int, PlannedUnit]]:
         """(rows here, width, bytes of an entry, unit) of each trained matrix whose rows are the vocabulary."""
@@ -446,9 +451,10 @@ class Stage:
                 if self.is_start(chunk):
                     add(others, self.embedding_backward(name, role, chunk not in done), kept, messages + gradient)
             if self.is_end(chunk):
+                copies = sum(self.wider_states(role) for role in self.trained.values() if not role.config)
                 for product in self.vocabulary_products():
                     working, summing = self.head_backward(*product)
-                    add(others + mine + by_heads, working, output, messages)
+                    add(others + mine + by_heads - copies, working, output, messages)  # heads before have freed those
                     add(others + mine + sum(map(self.last_state, self.decoders.values())), summing, output, messages)
         if self.layout.reduce_dtype == "bfloat16":
             units = [unit for name in self.trained for unit in self.units[name]]

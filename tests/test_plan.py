@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shlex
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -26,9 +28,10 @@ from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
 from parallel.pipeline import forward_backward, forward_folded, forward_only
-from parallel.plan import GIB, describe_memory, explain_oom, measure_states, options, recommend
+from parallel.plan import GIB, describe_memory, explain_oom, measure_states, options, recommend, settle
 from parallel.rehearsal import make_default_loss, rehearse
 from parallel.reshard import rollout_weights
+from parallel.run import launch
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
 from tests.ranks import run_ranks
 from tests.scripts import ROOT
@@ -328,21 +331,35 @@ def test_plan_of_every_stage_equals_a_rehearsal(cell):
 
 BIG = {
     "gpt-neox-20b on 96": ("gpt-neox-20b", 96, Layout(tp=8, zero=1, recompute="selective")),
+    "gpt-neox-20b on 96, stages": ("gpt-neox-20b", 96, Layout(tp=4, pp=4, zero=1)),
+    "llama-3-70b on 512, stages": ("llama-3-70b", 512, Layout(tp=8, pp=8, zero=1, recompute="full")),
     "llama-3-70b on 512": ("llama-3-70b", 512, Layout(tp=8, zero=1)),
-    "gpt-neox-20b on 8": ("gpt-neox-20b", 8, Layout(tp=8)),
-    "llama-2-70b on 512": ("llama-2-70b", 512, Layout(tp=8, zero=3, recompute="full")),
     "llama-3-70b on 512, recomputed": ("llama-3-70b", 512, Layout(tp=8, zero=2, recompute="full")),
+    "gpt-neox-20b on 8": ("gpt-neox-20b", 8, Layout(tp=8)),
+    "gpt-neox-20b on 8, stages": ("gpt-neox-20b", 8, Layout(tp=2, pp=4, rollout="rotation")),
+    "llama-2-70b on 512": ("llama-2-70b", 512, Layout(tp=8, zero=3, recompute="full")),
+    "llama-2-70b on 512, stages": (
+        "llama-2-70b",
+        512,
+        Layout(tp=8, zero=1, pp=4, schedule="interleaved", num_chunks=2),
+    ),
 }
-ALL = pytest.mark.skipif(not os.environ.get("ALL_LARGE_MODELS"), reason="half a minute: set ALL_LARGE_MODELS=1")
+ALL = pytest.mark.skipif(not os.environ.get("ALL_LARGE_MODELS"), reason="a minute: set ALL_LARGE_MODELS=1")
 
 
-@pytest.mark.parametrize("name", [*list(BIG)[:2], *(pytest.param(name, marks=ALL) for name in list(BIG)[2:])])
+@pytest.mark.parametrize("name", [*list(BIG)[:3], *(pytest.param(name, marks=ALL) for name in list(BIG)[3:])])
 def test_plan_equals_a_rehearsal_of_a_large_model(name):
     folder, ranks, layout = BIG[name]
     config = read_config(f"{ROOT}/tests/configs/{folder}")
-    started = time.process_time()
-    check(config, ranks, layout, seq_len=config.max_seq_len, rows=1, num_microbatches=1 + (layout.zero > 1))
-    assert time.process_time() - started < 20
+    sizes = dict(
+        seq_len=config.max_seq_len, rows=1, num_microbatches=layout.pp if layout.pp > 1 else 1 + layout.zero // 2
+    )
+    if layout.rollout != "auto":
+        sizes |= dict(rollout=64, new_tokens=config.max_seq_len // 2)
+    for rank in {0, ranks - 1} if layout.pp > 1 else {0}:
+        started = time.process_time()
+        check(config, ranks, layout, rank=rank, **sizes)
+        assert time.process_time() - started < 20
 
 
 # --- choosing, and what a user sees ----------------------------------------------------------------------------------
@@ -475,22 +492,72 @@ def test_a_plan_that_fits_nowhere_says_so(capsys):
     assert "no layout of 4 ranks fits 24 GiB: take more ranks" in capsys.readouterr().out
 
 
-def test_out_of_memory_is_explained(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
+LARGE = ["--model", str(ROOT / "tests/configs/gpt-neox-20b"), "--dtype", "bfloat16", "--microbatch-size", "8"]
+
+
+def test_out_of_memory_is_explained(monkeypatch, capsys):
+    """By component, with the layouts that need less; under the error, where a script's main runs out of memory."""
     sft = importlib.import_module("sft")
-    args = sft.Args(model=str(ROOT / "tests/configs/gpt-neox-20b"), dtype="bfloat16", batch_size=64, microbatch_size=8)
-    text = explain_oom(args)
-    assert "optimizer" in text and "smaller --microbatch-size" in text
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(sft, "init_mesh", run_out)
+    monkeypatch.setattr("sys.argv", ["sft.py", *LARGE, "--batch-size", "64", "--layout.zero", "1"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as stop:
+        launch(sft.main, sft.Args)
+    text = capsys.readouterr().err
+    assert stop.value.code == 1 and "out of memory in" in text and "Tried to allocate 2 GiB" in text
+    assert all(f"  {name} " in text for name in ("weights", "gradients", "optimizer", "+ in the update")), text
+    assert "smaller --microbatch-size" in text and "layouts that need less" in text
     assert "--layout.tp 8 --layout.zero 0 --layout.recompute full" in text
+
+
+def test_layouts_that_fit_this_gpu_are_named(monkeypatch):
+    args = tyro.cli(importlib.import_module("sft").Args, args=[*LARGE, "--batch-size", "64"])
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for gib, expected in (
+        (80, "layouts that fit the 80.0 GiB"),
+        (40, "--layout.offload optimizer"),
+        (8, "no layouts that"),
+    ):
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda gib=gib: SimpleNamespace(total_memory=gib * GIB))
+        text = explain_oom(args)
+        assert expected in text, text
+        for option in recommend(args.job(), Layout(), 8, gib):
+            assert memory(args.job(), option.layout, 8).total <= gib * GIB
+
+
+def test_offloading_is_recommended_where_nothing_else_fits():
+    job = make_job(NEOX, 2, seq_len=2048, num_microbatches=8, dp=8, rows=1)
+    gib = min(option.memory.total for option in options(job, Layout(), 8, 1e9)) / GIB
+    assert all(not option.layout.offload for option in recommend(job, Layout(), 8, gib + 1))
+    found = recommend(job, Layout(), 8, gib - 1)
+    assert found and all(option.layout.offload == ("optimizer", "frozen") and option.memory.host for option in found)
+
+
+def test_rollouts_fold_where_there_is_room():
+    job = make_job(NEOX, 2, seq_len=2048, num_microbatches=4, dp=1, rows=1, rollout=64, new_tokens=1024)
+    layout = Layout(tp=2, pp=4)
+    assert settle(job, layout, 8, 1000).rollout == "folded"
+    assert settle(job, layout, 8, 80).rollout == "rotation"
+    assert settle(job, Layout(tp=8), 8, 80).rollout == "auto"
+    least = Stage(job, replace(layout, rollout="rotation"), 8).rollout()["KV cache"]
+    assert least < Stage(job, Layout(tp=2), 2).rollout()["KV cache"], "own layers alone"
 
 
 def test_the_readme_shows_this_plan(capsys):
     readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Memory before the run") :]
-    command, shown = re.findall(r"```\n(.*?)```", section, re.DOTALL)[:2]
-    script, *flags = shlex.split(command.replace("\\\n", " "))[1:]
-    with contextlib.chdir(ROOT):
-        plan_of(script.removesuffix(".py"), *flags)
-    printed = capsys.readouterr().out.splitlines()
-    lines = [line for line in shown.splitlines() if line != "..."]
-    assert len(lines) > 10 and [line for line in printed if line in lines] == lines
+    section = readme[readme.index("## Memory before the run") : readme.index("## Flags that matter")]
+    blocks = re.findall(r"```\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 4
+    for command, shown in zip(blocks[::2], blocks[1::2], strict=True):
+        script, *flags = shlex.split(command.replace("\\\n", " "))[1:]
+        with contextlib.chdir(ROOT):
+            plan_of(script.removesuffix(".py"), *flags)
+        printed = capsys.readouterr().out.splitlines()
+        lines = [line for line in shown.splitlines() if line != "..."]
+        assert len(lines) > 5 and [line for line in printed if line in lines] == lines
