@@ -178,6 +178,7 @@ def sections(config: DecoderConfig, tp: int, shards_tokens: bool, lm_head: bool)
 
 
 layers_by_part = functools.lru_cache(maxsize=256)(DecoderConfig.layers_by_part)
+shard = functools.lru_cache(maxsize=256)(DecoderConfig.shard)
 
 
 @dataclass(frozen=True)
@@ -304,16 +305,17 @@ class Stage:
         phases = {"update": self.update()}
         if self.job.rollout:
             phases["rollout"] = self.rollout()
-        for role in self.job.roles.values():
+        for name, role in self.job.roles.items():
             if not role.in_units and role.config:  # a reward model
-                tokens = SCORED_TOGETHER * self.job.seq_len
-                phases["score"] = {"forward": self.forward(role, tokens, self.tokens_local / self.tokens)}
+                forward = self.forward(role, SCORED_TOGETHER * self.job.seq_len, self.tokens_local / self.tokens)
+                streamed = sorted(unit.itemsize * unit.size for unit in self.units[name] if unit.zero == 3)
+                phases["score"] = {"forward": forward, "gathered weights": sum(streamed[-2:])}
         return Memory(self.stage, held, host, phases)
 
     def saved_by_layer(self, role: Role, recompute: str) -> int:
         """Bytes that a layer keeps of a micro-batch for the backward: see the module's docstring."""
         config, e, tokens = role.config, role.itemsize, self.tokens
-        local, state = config.shard(self.tp), e * self.tokens_local * config.hidden_size
+        local, state = shard(config, self.tp), e * self.tokens_local * config.hidden_size
         if recompute == "full":
             return state
         num_normed = local.num_heads + local.num_kv_heads
@@ -437,6 +439,7 @@ class Stage:
             u for name, role in self.decoders.items() for u in self.units[name] if u.section in self.read_by_heads(role)
         ]
         output = sum(unit.itemsize * unit.size for unit in read if unit.zero == 3)  # stays until its backward
+        of_layer = {name: self.layer_backward(name, role) for name, role in self.decoders.items()}
         for chunk, waiting, done, messages in self.backwards():
             gradient = not self.is_end(chunk)  # what has come for this pass lies there to its end
             others = sum(n * x for n, x in zip(waiting, saved, strict=True)) + waiting[-1] * by_heads
@@ -444,7 +447,7 @@ class Stage:
             mine = saved[chunk] - self.absent(chunk) * (chunk not in done)
             kept = output * (waiting[-1] > 0)
             for name, role in self.decoders.items():
-                working, gathered = self.layer_backward(name, role)
+                working, gathered = of_layer[name]
                 add(others + mine, working, gathered + kept, messages)
                 last = self.saved_by_layer(role, self.layout.recompute) + self.saved_around(role, chunk)
                 add(others + last, working, gathered + kept, messages + gradient)
@@ -472,7 +475,7 @@ class Stage:
         """Bytes of the work on the gradients of the last layer, whose activations all lie there, and of weights
         gathered meanwhile: the largest of some moments while the backward goes through its network."""
         config, e, unit = role.config, role.itemsize, self.section(name, "layer")
-        local, recompute = config.shard(self.tp), self.layout.recompute
+        local, recompute = shard(config, self.tp), self.layout.recompute
         tied = config.tied_embeddings and role.lm_head and self.pp == 1
         state, full = e * self.tokens_local * config.hidden_size, e * self.tokens * config.hidden_size
         inner = e * self.tokens * local.ffn_size
@@ -530,7 +533,7 @@ class Stage:
 
     def forward(self, role: Role, tokens: int, share: float = 1.0) -> int:
         """Bytes of a forward pass without gradient; share: of the tokens that lie here between the matrices."""
-        config, local = role.config, role.config.shard(self.tp)
+        config, local = role.config, shard(role.config, self.tp)
         states = 1 + share * (2 + (self.tp > 1))  # a product; residual stream before and after attention; a sum over tp
         heads = (local.num_heads + 2 * local.num_kv_heads) * config.head_dim
         return int(role.itemsize * tokens * ((2 + config.gated) * local.ffn_size + config.hidden_size * states + heads))
@@ -538,7 +541,7 @@ class Stage:
     def rollout(self) -> dict[str, int]:
         """Bytes beside what is held while sequences are generated: by this stage's layers, or by all if it folds."""
         role, job, name = self.job.policy, self.job, next(iter(self.decoders))
-        config, e, local = role.config, role.itemsize, role.config.shard(self.tp)
+        config, e, local = role.config, role.itemsize, shard(role.config, self.tp)
         groups, num_layers, has_head = self.pp, sum(self.layers(role)), self.is_last
         gathered = sum(unit.itemsize * unit.size for unit in self.units[name] if unit.zero == 3)
         on_its_way = 0

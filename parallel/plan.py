@@ -72,7 +72,7 @@ def measure_states(units, optimizer: AdamW | None) -> tuple[int, int, int, int]:
     state = [x for of_unit in optimizer.state.values() for x in of_unit.values()] if optimizer else []
     host = [unit.flat for unit in units if unit.is_offloaded]
     if optimizer and optimizer.offload:
-        host, state = [*host, *state, *(grad for _, grad in optimizer._grads.values())], []
+        host, state = [*host, *state, *(grad for _, grad in optimizer.grads.values())], []
     seen: set[int] = set()
     totals = []
     for tensors in (weights, gradients, state, host):
