@@ -447,7 +447,8 @@ class Stage:
             mine = saved[chunk] - self.absent(chunk) * (chunk not in done)
             kept = output * (waiting[-1] > 0)
             for name, role in self.decoders.items():
-                working, gathered = of_layer[name]
+                working, unit = of_layer[name]
+                gathered = unit * min(sum(self.layers(role)[: chunk + 1]), 2)  # this layer and the one before
                 add(others + mine, working, gathered + kept, messages)
                 last = self.saved_by_layer(role, self.layout.recompute) + self.saved_around(role, chunk)
                 add(others + last, working, gathered + kept, messages + gradient)
@@ -472,8 +473,8 @@ class Stage:
         return self.tokens_local * sum(role.itemsize * role.config.hidden_size for role in self.decoders.values())
 
     def layer_backward(self, name: str, role: Role) -> tuple[int, int]:
-        """Bytes of the work on the gradients of the last layer, whose activations all lie there, and of weights
-        gathered meanwhile: the largest of some moments while the backward goes through its network."""
+        """Bytes of the work on the gradients of the last layer, whose activations all lie there, and of a
+        layer if it is gathered: the largest of some moments while the backward goes through its network."""
         config, e, unit = role.config, role.itemsize, self.section(name, "layer")
         local, recompute = shard(config, self.tp), self.layout.recompute
         tied = config.tied_embeddings and role.lm_head and self.pp == 1
@@ -501,7 +502,7 @@ class Stage:
             working += unit.wide * math.prod(self.section(name, "input").parameters[0].shape)
         if unit.zero >= 2:
             working += unit.wide * unit.size
-        return working, 2 * e * unit.size if unit.zero == 3 else 0
+        return working, e * unit.size if unit.zero == 3 else 0
 
     def embedding_backward(self, name: str, role: Role, is_first_sum: bool) -> int:
         """Bytes of the work on the embedding's gradient, when the micro-batch's activations are gone.
