@@ -101,7 +101,7 @@ class Weights:
 TILES = {
     "sum": Tiles(16, BLOCK, 4, 1),  # blocks of a program
     "border": Tiles(1, 4096, 8, 1),  # rows of a program, ids at a time
-    "draw": Tiles(1, BLOCK, 1, 1),  # rows of a program
+    "draw": Tiles(1, BLOCK, 4, 1),  # rows of a program
 }
 NO_LIMIT = 2**31 - 1
 ONE = 0x3F800000  # the bits of 1.0, the largest weight; positive numbers are ordered as their bits are

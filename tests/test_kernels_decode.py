@@ -5,14 +5,25 @@ What compiles is compared with tests/results/compiled_decode.json, by Triton's v
 `python -m tests.test_kernels_decode [FOLDER]` writes that file anew, with the Triton of FOLDER, too.
 """
 
+import functools
+import itertools
+import json
 import math
+import os
+import sys
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
-from kernels import decode
+from kernels import decode, sampler
 from kernels.decode import Step, append, decode_attention
-from kernels.launch import triton
+from kernels.launch import Tiles, triton
+from parallel.generation import Sampling, generate, sample_tokens
+from parallel.mesh import init_mesh
+from parallel.model import Decoder, DecoderConfig
+from tests.compiled import ROOT, Specimen, compile_all
 from tests.interpreter import run_interpreted
 
 needs_triton = pytest.mark.skipif(triton is None, reason="needs the package triton")
@@ -233,3 +244,261 @@ def test_decode_rejects_what_kernels_do_not_take():
     wrong = ("head dims 32, 64", "int16", "does not fit", "the cache is", "window of 0", "one dtype", "lengths are")
     for name in (*wrong, "neighbours", "same memory", "share their memory", "qkv is", "tables are"):
         run_interpreted(refuse, name)
+
+
+# Many rows to a program: the interpreter takes as long for one number as for thousands.
+WIDE = {"sum": Tiles(4096, 128, 4, 1), "border": Tiles(1024, 1024, 8, 1), "draw": Tiles(512, 128, 4, 1)}
+
+
+def draw_by_both(n, sampling, num_ids, vocab, tiles):
+    """What kernels and reference draw from the same logits with the same noise, and the exact log-probabilities."""
+    torch.use_deterministic_algorithms(True)
+    logits = torch.randn(n, vocab + 128)[:, :vocab] * 3  # rows further apart than they are long
+    logits[:, vocab - 50 :] = -torch.inf
+    noise = torch.rand(n, dtype=torch.float64)
+    with mock.patch.dict(sampler.TILES, tiles):
+        by_kernels = sample_tokens(logits, noise, sampling, num_ids)
+    with mock.patch.dict(os.environ, KERNELS="reference"):
+        by_reference = sample_tokens(logits, noise, sampling, num_ids)
+    exact = (logits.double() / sampling.temperature).log_softmax(1).gather(1, by_kernels[0][:, None])[:, 0]
+    return by_kernels, by_reference, exact
+
+
+@needs_triton
+@pytest.mark.parametrize("temperature, num_ids", [(1.0, None), (0.7, 900), (1.9, 129)])
+def test_sampler_draws_the_reference_tokens(temperature, num_ids):
+    ours, expected, exact = run_interpreted(draw_by_both, 4000, Sampling(temperature), num_ids, 1024, WIDE)
+    assert torch.equal(ours[0], expected[0])
+    assert (ours[1] - exact).abs().max() < 2e-6
+    torch.testing.assert_close(ours[2], expected[2], rtol=1e-6, atol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "sampling, num_ids",
+    [(Sampling(top_k=7), None), (Sampling(0.8, top_p=0.9), 600), (Sampling(1.5, top_k=40, top_p=0.5), None)],
+    ids=["top-k", "top-p", "both"],
+)
+def test_truncated_sampler_draws_the_reference_tokens(sampling, num_ids):
+    ours, expected, exact = run_interpreted(draw_by_both, 1000, sampling, num_ids, 1024, WIDE)
+    assert torch.equal(ours[0], expected[0])
+    assert (ours[1] - exact).abs().max() < 2e-6  # of the full distribution
+    torch.testing.assert_close(ours[2], expected[2], rtol=1e-6, atol=0)
+
+
+@needs_triton
+def test_sampler_draws_the_reference_tokens_with_the_tiles_of_gpus():
+    for sampling in (Sampling(), Sampling(0.9, top_k=3, top_p=0.9)):
+        ours, expected, _ = run_interpreted(draw_by_both, 3, sampling, 500, 640, {})
+        assert torch.equal(ours[0], expected[0])
+
+
+def find_borders():
+    """Which ids kernels and reference keep of logits with many ties, and of rows that are all alike."""
+    logits = (torch.randn(64, 256) * 4).round() / 2
+    logits[0] = 0.0
+    logits[1, 3:] = -torch.inf
+    kept = []
+    for num_ids, top_k, top_p in ((256, 1, None), (256, 40, None), (256, 0, 0.5), (256, 256, 0.999), (200, 30, 0.7)):
+        masks = []
+        for kind in (sampler.KernelWeights, sampler.Weights):
+            weights = kind(logits, 1.0)
+            total = weights.sum_blocks().sum(1)
+            weights.drop_ids(num_ids)
+            border = weights.border(top_k, None if top_p is None else top_p * total)
+            numbers = (logits - logits.amax(1, keepdim=True)).exp()
+            if kind is sampler.KernelWeights:  # the interpreter's exp is numpy's
+                numbers = torch.from_numpy(np.exp((logits - logits.amax(1, keepdim=True)).numpy()))
+            masks.append((numbers >= border[:, None])[:, :num_ids])
+        kept.append(masks)
+    return kept
+
+
+@needs_triton
+def test_border_keeps_what_a_sort_keeps_ties_included():
+    with_wide_tiles = functools.partial(run_wide, find_borders)
+    for (ours, expected), least in zip(run_interpreted(with_wide_tiles), (1, 40, 1, 1, 1), strict=True):
+        assert torch.equal(ours, expected)
+        assert (ours.sum(1) >= least).all() and ours[0].all() and (ours.sum(1) > least).any()
+
+
+def run_wide(fn):
+    with mock.patch.dict(sampler.TILES, WIDE):
+        return fn()
+
+
+def draw_from_shards():
+    """A vocabulary in one, two and four shards; the same rows in another order and company; the ends of the noise."""
+    n, vocab = 40, 512
+    logits = torch.randn(n, vocab) * 2
+    noise = torch.rand(n, dtype=torch.float64)
+    noise[0], noise[1] = 0.0, 1 - 2**-53
+    logits[:2] = -torch.inf
+    logits[:2, [5, 9, 300]] = 1e4
+    found = []
+    for size in (vocab, vocab // 2, vocab // 4):
+        starts = range(0, vocab, size)
+        largest = logits.amax(1)
+        shards = [sampler.KernelWeights(logits[:, start : start + size], 0.7, largest) for start in starts]
+        sums = torch.cat([shard.sum_blocks() for shard in shards], 1)
+        drawn = [shard.draw(sums.cumsum(1), noise, sums.sum(1), i) for shard, i in zip(shards, starts, strict=True)]
+        tokens, logprobs = torch.full((n,), -1), torch.zeros(n)
+        for (ids, its_logprobs), start in zip(drawn, starts, strict=True):
+            is_here = (ids >= start) & (ids < start + size)
+            tokens[is_here], logprobs[is_here] = ids[is_here], its_logprobs[is_here]
+        found.append((tokens, logprobs, sums))
+    order = torch.randperm(n)[:17]
+    again = sample_tokens(logits[order], noise[order], Sampling(0.7))
+    return found, [x[order] for x in found[0][:2]], again
+
+
+@needs_triton
+def test_sampler_does_not_depend_on_shards_or_other_rows():
+    found, expected, again = run_interpreted(functools.partial(run_wide, draw_from_shards))
+    for shards in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(shards, found[0], strict=True))
+    assert found[0][0][:2].tolist() == [5, 300]
+    assert all(torch.equal(a, b) for a, b in zip(again[:2], expected, strict=True))
+
+
+def refuse_logits(name):
+    logits, noise = torch.zeros(2, 256), torch.zeros(2, dtype=torch.float64)
+    if name == "float16":
+        logits = logits.half()
+    elif name == "2 apart":
+        logits = torch.zeros(2, 512)[:, ::2]
+    elif name == "a multiple of 128":
+        logits = logits[:, :200]
+    elif name == "noise is torch.float32":
+        noise = noise.float()
+    with pytest.raises(ValueError, match=name):
+        sample_tokens(logits, noise, Sampling())
+
+
+@needs_triton
+def test_sampler_rejects_what_kernels_do_not_take():
+    for name in ("float16", "2 apart", "a multiple of 128", "noise is torch.float32"):
+        run_interpreted(refuse_logits, name)
+
+
+def generate_by_both(options):
+    """Responses and log-probabilities of a tiny model, from kernels and from the reference."""
+    config = DecoderConfig(
+        num_layers=2, hidden_size=24, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=40, vocab_size=100,
+        max_seq_len=64, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated=True, init_std=0.5, **options,
+    )  # fmt: skip
+    decoder = Decoder(config, init_mesh(), seed=3)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
+    found = []
+    for kernels in ("triton", "reference"):
+        with mock.patch.dict(os.environ, KERNELS=kernels), mock.patch.dict(sampler.TILES, WIDE):
+            ends = {"eos_ids": [0], "num_ids": 99, "num_slots": 3}
+            out = generate(decoder, prompts, Sampling(0.8, max_new_tokens=6), sample_ids=[0, 1, 2, 3], seed=1, **ends)
+        found.append((out.response_ids(), out.logprobs))
+    return found
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rotary_dim": 16, "windows": (None, 4)},
+        {"rotary_dim": 32, "rotary_interleaved": True, "qk_norm": True, "windows": (3, 3)},
+        {"learned_positions": True},
+    ],
+    ids=["windows", "interleaved", "learned positions"],
+)
+def test_generation_by_kernels_gives_the_reference_tokens(options):
+    (ids, logprobs), (expected_ids, expected_logprobs) = run_interpreted(generate_by_both, options)
+    assert ids == expected_ids
+    torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
+
+
+TABLE = ROOT / "tests/results/compiled_decode.json"
+STACK = 64  # bytes of a thread
+SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes of a program
+BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
+
+
+def decode_specimens():
+    """(name, specimen) of everything that decoding runs on a GPU."""
+    pointers = {"lens_ptr": "*i64", "acc_ptr": "*fp32", "stats_ptr": "*fp32"}
+    strides = ("qkv_stride", "q_stride", "q_head_stride", "kind_stride", "slot_stride", "head_stride", "token_stride")
+    numbers = ("max_len", "window", "num_heads", "num_kv_heads", "group", "num_splits")
+    types = pointers | {"scale": "fp32"} | dict.fromkeys((*strides, *numbers), "i32")
+    for arch, head_dim, name in itertools.product((80, 90), decode.PIECES, BITS):
+        if name != "bf16" and head_dim not in (64, 128):
+            continue
+        tiles, (d0, d1) = decode.TILES[arch, head_dim, BITS[name]], decode.PIECES[head_dim]
+        heads = dict.fromkeys(("qkv_ptr", "q_ptr", "cache_ptr", "cos_ptr", "sin_ptr", "out_ptr"), f"*{name}")
+        width = {"HEAD_DIM": head_dim, "PADDED": 1 << (head_dim - 1).bit_length()}
+        split = {"ROWS": decode.QUERY_ROWS, "SPLIT": tiles.rows, "BN": tiles.columns, "D0": d0, "D1": d1}
+        rotary = {"HALF": head_dim // 4, "INTERLEAVED": head_dim == 256, "HEADS": decode.APPEND_HEADS}
+        for kernel, constants, num_warps, num_stages in (
+            ("split_kernel", split, tiles.num_warps, tiles.num_stages),
+            ("merge_kernel", {"SPLIT": tiles.rows} | width, 1, 3),
+            ("append_kernel", rotary | width, 4, 3),
+        ):
+            specimen = Specimen(
+                "kernels.decode", kernel, types | heads, constants, arch, num_warps, num_stages, strides
+            )
+            yield f"{kernel} {head_dim} {name} sm_{arch}", specimen
+
+
+def sampler_specimens():
+    types = dict.fromkeys(("logits_ptr", "largest_ptr", "border_ptr", "logprobs_ptr"), "*fp32")
+    types |= dict.fromkeys(("sums_ptr", "mass_ptr", "prefix_ptr", "noise_ptr", "total_ptr"), "*fp64")
+    types |= {"token_ids_ptr": "*i64", "temperature": "fp32"}
+    numbers = ("stride", "num_ids", "num_rows", "num_blocks", "vocab", "top_k", "first_block", "num_local_blocks")
+    types |= dict.fromkeys(numbers, "i32")
+    for arch in (80, 90):
+        sums, border, draw = (sampler.TILES[name] for name in ("sum", "border", "draw"))
+        search = {"ROWS": border.rows, "IDS": border.columns, "ONE": sampler.ONE, "HALVINGS": sampler.HALVINGS}
+        for kernel, constants, tiles in (
+            ("sum_kernel", {"BLOCK": sampler.BLOCK, "BLOCKS": sums.rows, "HAS_BORDER": True}, sums),
+            ("border_kernel", search | {"HAS_MASS": True}, border),
+            ("draw_kernel", {"BLOCK": sampler.BLOCK, "PADDED": 2048, "ROWS": draw.rows, "HAS_BORDER": True}, draw),
+        ):
+            specimen = Specimen(
+                "kernels.sampler", kernel, types, constants, arch, tiles.num_warps, tiles.num_stages, ("stride",)
+            )
+            yield f"{kernel} sm_{arch}", specimen
+
+
+SPECIMENS = dict([*decode_specimens(), *sampler_specimens()])
+
+
+def chosen(folder):
+    """Names of what a test compiles: all with ALL_KERNELS=1, else of each Triton a part."""
+    if os.environ.get("ALL_KERNELS"):
+        return list(SPECIMENS)
+    parts = ("split_kernel 64 bf16", "draw_kernel") if folder else ("96 bf16", "split_kernel 128 ", "draw", "border")
+    return [name for name in SPECIMENS if any(part in name for part in parts)]
+
+
+@needs_triton
+@pytest.mark.parametrize("folder", ["", os.environ.get("TRITON_36", "?")], ids=["installed", "3.6"])
+def test_kernels_compile(folder):
+    if folder == "?":
+        pytest.skip("needs Triton 3.6 in the folder that TRITON_36 names")
+    names = chosen(folder)
+    version, rows = compile_all([SPECIMENS[name] for name in names], folder or None)
+    expected = json.loads(TABLE.read_text()).get(version, {})
+    for name, row in zip(names, rows, strict=True):
+        assert row["stack"] <= STACK, (name, row)
+        assert row["shared"] <= SHARED[SPECIMENS[name].capability], (name, row)
+        if name.startswith("split_kernel") and " fp32 " not in name:
+            assert row["hmma"] > 0, (name, row)  # 16 rows of queries: fewer than wgmma takes
+        assert row == expected.get(name, row), name
+
+
+if __name__ == "__main__":
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    for folder in (None, *sys.argv[1:]):
+        version, rows = compile_all(list(SPECIMENS.values()), folder)
+        table[version] = dict(zip(SPECIMENS, rows, strict=True))
+    versions = (
+        f' "{version}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in rows.items()) + "\n }"
+        for version, rows in sorted(table.items())
+    )
+    TABLE.write_text("{\n" + ",\n".join(versions) + "\n}\n")
