@@ -126,26 +126,24 @@ PIECES = {32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 2
 # (architecture, head_dim) -> forward (queries, keys), dk and dv (queries, keys), dq (queries, keys); of 16-bit types
 TILES = {
     (90, 32): (Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    (90, 64): (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)),
-    (90, 80): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    (90, 96): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    (90, 128): (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(128, 64, 8, 2)),
-    (90, 256): (Tiles(128, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
-    (80, 32): (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    (90, 64): (Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2)),
+    (90, 80): (Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2)),
+    (90, 96): (Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 64, 8, 2)),
+    (90, 128): (Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 64, 8, 2)),
+    (90, 256): (Tiles(128, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 2)),
+    (80, 32): (Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2)),
     (80, 64): (Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 2), Tiles(128, 64, 8, 2)),
     (80, 80): (Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    (80, 96): (Tiles(128, 64, 8, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 4, 2)),
-    (80, 128): (Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)),
+    (80, 96): (Tiles(128, 64, 8, 2), Tiles(32, 64, 8, 2), Tiles(64, 32, 4, 2)),
+    (80, 128): (Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)),
     (80, 256): (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)),
 }
+FLOAT32_TILES = Tiles(16, 16, 8, 1)  # exact products go without tensor cores, through registers
 
 
 def tiles_of(head_dim: int, itemsize: int, arch: int) -> tuple[Tiles, Tiles, Tiles]:
-    """For forward, dk and dv, dq. float32 takes half of the rows and columns, since its numbers are twice as long."""
-    found = TILES[arch, head_dim]
-    if itemsize == 2:
-        return found
-    return tuple(Tiles(max(x.rows // 2, 16), max(x.columns // 2, 16), x.num_warps, 1) for x in found)
+    """For forward, dk and dv, dq."""
+    return TILES[arch, head_dim] if itemsize == 2 else (FLOAT32_TILES,) * 3
 
 
 @jit
