@@ -130,7 +130,7 @@ class AdamW:
         self.num_unchecked = 0  # steps since the weights were compared
         self.state: dict[Unit, dict[str, Tensor]] = {}
         self._weights: dict[Unit, Tensor] = {}  # what this rank steps over of each unit's `flat`
-        self._grads: dict[Unit, tuple[Tensor, Tensor]] = {}  # gradients of that, and where the step reads them
+        self.grads: dict[Unit, tuple[Tensor, Tensor]] = {}  # gradients of that, and where the step reads them
         self._groups: dict[tuple, list[list[Tensor]]] = {}  # (role, decay, dtype) -> weights, gradients, m, v
         for unit in self.units:
             flat, grad, decayed = unit.flat, unit.flat_grad, unit.num_decayed if weight_decay else 0
@@ -141,7 +141,7 @@ class AdamW:
             if self.offload:
                 grad, master = on_host(grad), on_host(master)
             self.state[unit] = {"master": master, "m": torch.zeros_like(grad), "v": torch.zeros_like(grad)}
-            self._weights[unit], self._grads[unit] = flat, (source, grad)
+            self._weights[unit], self.grads[unit] = flat, (source, grad)
             tensors = [master, grad, self.state[unit]["m"], self.state[unit]["v"]]
             for decay, part in ((weight_decay, slice(decayed)), (0.0, slice(decayed, None))):
                 if grad[part].numel():
@@ -208,7 +208,7 @@ class AdamW:
     def _fetch(self, units: list[Unit]) -> None:
         """Gradients into the host's memory, and weights that are their own master."""
         for unit in units:
-            source, grad = self._grads[unit]
+            source, grad = self.grads[unit]
             grad.copy_(source, non_blocking=True)
             if unit.flat.dtype == grad.dtype:
                 self.state[unit]["master"].copy_(self._weights[unit], non_blocking=True)

@@ -3,21 +3,27 @@
 No GPU, network, weights or process group are needed. `footprint.py` has the formulas.
 """
 
+import itertools
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
+import torch
+
 from parallel.data_parallel import DataParallel
 from parallel.footprint import Job, Memory, Stage, memory
-from parallel.mesh import Layout
+from parallel.mesh import Layout, check_layout
 from parallel.optim import AdamW
 from parallel.schedules import idle_share
 
 GIB = 2**30
 MACHINE = 8  # ranks of a machine: the most for tp, and within them bytes are fast
 FLOPS, FAST, SLOW = 400e12, 300e9, 40e9  # a second: work of an H100 in practice; bytes within and between machines
+HOST = 25e9  # bytes a second between a GPU and the host's memory, which several ranks share
 EXTRA_WORK = {"none": 0.0, "selective": 0.03, "full": 1 / 3}  # of recomputation, as a share of the step's
 SHOWN = 6  # layouts
+RARE = ("pp", "schedule", "num_chunks", "layers_per_stage", "offload")  # flags shown where they are not the default
 
 
 def print_plan(args) -> None:
@@ -28,34 +34,48 @@ def print_plan(args) -> None:
 
 
 def explain_oom(args) -> str:
-    """For a run of these flags that has no memory left: where it went by the plan, and layouts that need less."""
+    """For a run of these flags whose memory has run out: where it goes by the plan, and layouts that fit this GPU, or
+    without one need less."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    job = args.job()
-    found = memory(job, args.layout, world_size)
-    smaller = [option for option in options(job, args.layout, world_size) if option.memory.total < found.total]
-    smaller.sort(key=lambda option: option.memory.total)
-    lines = ["out of memory; by the plan a rank holds", *memory_lines(found)]
-    lines += ["what needs less, at the same result:" if smaller else "no other layout of these ranks needs less:"]
-    lines += [f"  {option}" for option in smaller[:SHOWN]]
-    return "\n".join([*lines, "  a smaller --microbatch-size, shorter sequences, or more ranks"])
+    gib = torch.cuda.get_device_properties().total_memory / GIB if torch.cuda.is_available() else 0.0
+    try:
+        job = args.job()
+        layout = settle(job, args.layout, world_size, gib or math.inf)
+        found = memory(job, layout, world_size)
+    except (ValueError, OSError) as error:
+        return f"there is no plan of it: {error}"
+    if gib:
+        fitting, what = recommend(job, layout, world_size, gib), f"layouts that fit the {gib:.1f} GiB of this GPU"
+    else:
+        fitting, what = options(job, layout, world_size, math.inf), "layouts that need less"
+        fitting = sorted(fitting, key=lambda option: option.memory.total)
+    fitting = [option for option in fitting if option.memory.total < found.total]
+    lines = ["by the plan a rank holds", *memory_lines(found), what if fitting else f"no {what}"]
+    lines += [f"  {option}" for option in fitting[:SHOWN]]
+    return "\n".join([*lines, "or a smaller --microbatch-size, shorter sequences, more ranks"])
 
 
 def describe_memory(model: DataParallel, optimizer: AdamW) -> str:
     """For a run's opening block: what this rank holds, measured from the tensors themselves."""
-    weights, gradients, state = measure_states(model.units, optimizer)
+    weights, gradients, state, host = measure_states(model.units, optimizer)
     frozen = measure_states([unit for unit in model.units if not unit.trainable], None)[0]
     parts = {"weights": weights - frozen, "gradients": gradients, "optimizer": state, "frozen models": frozen}
+    parts["host memory"] = host
     return ", ".join(f"{name} {show(n)}" for name, n in parts.items() if n) + " on a rank"
 
 
-def measure_states(units, optimizer: AdamW | None) -> tuple[int, int, int]:
-    """Bytes allocated for weights, gradients and optimizer state; what several tensors share counts for the first."""
-    weights = [x for unit in units for x in (unit.flat, *unit.parameters)]
+def measure_states(units, optimizer: AdamW | None) -> tuple[int, int, int, int]:
+    """Bytes allocated for weights, gradients and optimizer state, and for what lies in the host's memory; what several
+    tensors share counts for the first."""
+    weights = [x for unit in units for x in (unit.flat, *unit.parameters) if not (unit.is_offloaded and x is unit.flat)]
     gradients = [unit.flat_grad for unit in units if unit.trainable]
     state = [x for of_unit in optimizer.state.values() for x in of_unit.values()] if optimizer else []
+    host = [unit.flat for unit in units if unit.is_offloaded]
+    if optimizer and optimizer.offload:
+        host, state = [*host, *state, *(grad for _, grad in optimizer.grads.values())], []
     seen: set[int] = set()
     totals = []
-    for tensors in (weights, gradients, state):
+    for tensors in (weights, gradients, state, host):
         storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
         totals.append(sum(nbytes for key, nbytes in storages.items() if key not in seen))
         seen |= storages.keys()
@@ -75,56 +95,81 @@ class Option:
     bubble: float
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {x:.2g}" for name, x in self.seconds.items() if x)
-        idle = f", {self.bubble:.0%} idle" if self.bubble else ""
         total = sum(self.seconds.values())
-        return f"{flags(self.layout):58} {show(self.memory.total):>10}  {total:6.2g} s a step ({parts}{idle})"
+        parts = ", ".join(f"{name} {x:.2g}" for name, x in self.seconds.items() if x > 0.002 * total)
+        idle = f", {self.bubble:.0%} idle" if self.bubble else ""
+        return f"{flags(self.layout):68} {show(self.memory.total):>10}  {total:6.2g} s a step ({parts}{idle})"
 
 
 def flags(layout: Layout) -> str:
-    """A layout as flags, as far as it is not the default."""
-    shown = [
-        f"--layout.{f.name} {getattr(layout, f.name)}"
-        for f in fields(layout)
-        if f.name in ("tp", "pp", "zero", "recompute")
-    ]
+    """A layout as flags, as far as layouts are compared here or it is not the default."""
+    shown = []
+    for f in fields(layout):
+        value = getattr(layout, f.name)
+        if f.name in ("tp", "zero", "recompute") or (f.name in RARE and value != f.default):
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            shown.append(f"--layout.{f.name.replace('_', '-')} {text}")
     return " ".join(shown)
 
 
-def options(job: Job, layout: Layout, world_size: int) -> Iterator[Option]:
+def settle(job: Job, layout: Layout, world_size: int, gib: float) -> Layout:
+    """The layout with what --layout.rollout auto comes to where a rank has so many GiB: see `reshard.folds`."""
+    if layout.pp == 1 or layout.rollout != "auto" or not job.rollout:
+        return layout
+    stages = [Stage(job, layout, world_size, i) for i in range(layout.pp)]
+    needed = [sum(stage.held()[0].values()) + 2 * stage.rollout()["gathered weights"] for stage in stages]
+    return replace(layout, rollout="folded" if max(needed) <= gib * GIB else "rotation")
+
+
+def options(job: Job, layout: Layout, world_size: int, gib: float) -> Iterator[Option]:
     """All layouts of so many ranks that model and batch allow; what else the given one says stays."""
     sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    for tp in [n for n in sizes if n <= MACHINE]:
-        for pp in sizes:
-            for zero in (0, 1, 2, 3) if pp == 1 else (0, 1):  # 2 and 3 would repeat their traffic for every micro-batch
-                for recompute in EXTRA_WORK:
-                    changes = {"tp": tp, "dp": 0, "pp": pp, "zero": zero, "recompute": recompute}
-                    changes |= {"schedule": "1f1b", "num_chunks": 1, "layers_per_stage": ()}
-                    try:
-                        yield make_option(job, replace(layout, **changes), world_size)
-                    except ValueError:  # does not divide
-                        break
+    for tp, pp in itertools.product([n for n in sizes if n <= MACHINE], sizes):
+        if world_size % (tp * pp):
+            continue
+        for zero in (0, 1, 2, 3) if pp == 1 else (0, 1):  # 2 and 3 would repeat their traffic for every micro-batch
+            for recompute in EXTRA_WORK:
+                changes = {"tp": tp, "dp": 0, "pp": pp, "zero": zero, "recompute": recompute}
+                changes |= {"schedule": "1f1b", "num_chunks": 1, "layers_per_stage": ()}
+                try:
+                    found = settle(job, replace(layout, **changes), world_size, gib)
+                    yield make_option(job, found, world_size)
+                except ValueError:  # does not divide
+                    break
 
 
 def make_option(job: Job, layout: Layout, world_size: int) -> Option:
-    found = memory(job, layout, world_size)
-    stage = Stage(job, layout, world_size, found.stage)
+    stages = [Stage(job, layout, world_size, i) for i in range(layout.pp)]
+    found, stage = max(((stage.memory(), stage) for stage in stages), key=lambda pair: pair[0].total)
     if layout.zero and stage.dp == 1:
         raise ValueError("one replica has nothing to share out")
     bubble = idle_share(layout.schedule, stage.pp, stage.num_microbatches, layout.num_chunks)
-    entries = sum(unit.size for name in stage.decoders for unit in stage.units[name])
-    work = 6 * entries * stage.num_microbatches * stage.tokens / FLOPS * (1 + EXTRA_WORK[layout.recompute])
-    seconds = {"work": work / (1 - bubble)}
-    for (axis, _), nbytes in stage.traffic()["step"].items():
+    per_stage = [[unit for name in stage.decoders for unit in stage.units[name]] for stage in stages]
+    units = per_stage[found.stage]
+    busiest = max(sum(unit.size for unit in units) for units in per_stage)
+    work = 6 * busiest * stage.num_microbatches * stage.tokens / FLOPS
+    seconds = {"work": work * (1 + EXTRA_WORK[layout.recompute]) / (1 - bubble)}
+    for (axis, _), nbytes in stage.step_traffic().items():
         ranks = {"tp": stage.tp, "dp": stage.tp * stage.dp}.get(axis, world_size)
         seconds[axis] = seconds.get(axis, 0.0) + nbytes / (FAST if ranks <= MACHINE else SLOW)
+    if "optimizer" in layout.offload:  # gradients to the host, weights back, and what its step reads and writes
+        moved = sum((unit.wide + unit.itemsize) * (unit.share if unit.zero else unit.size) for unit in units)
+        seconds["host"] = (moved + 2 * found.host) / HOST
     return Option(layout, found, seconds, bubble)
 
 
 def recommend(job: Job, layout: Layout, world_size: int, gib: float) -> list[Option]:
-    """The layouts that fit so many GiB a rank, by estimated seconds of a step."""
-    fitting = [option for option in options(job, layout, world_size) if option.memory.total <= gib * GIB]
-    return sorted(fitting, key=lambda option: (sum(option.seconds.values()), option.memory.total))
+    """The layouts that fit so many GiB a rank, by estimated seconds of a step.
+
+    Where none fits, those that do with optimizer state and frozen models in the host's memory.
+    """
+
+    def fitting(layout: Layout) -> list[Option]:
+        found = [option for option in options(job, layout, world_size, gib) if option.memory.total <= gib * GIB]
+        return sorted(found, key=lambda option: (sum(option.seconds.values()), option.memory.total))
+
+    is_frozen = any(role.config and not role.trainable for role in job.roles.values())
+    return fitting(layout) or fitting(replace(layout, offload=("optimizer", "frozen") if is_frozen else ("optimizer",)))
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -145,11 +190,14 @@ def memory_lines(found: Memory) -> list[str]:
             f"  {'+ in the ' + phase:20}{show(sum(parts.values())):>10}  "
             + ", ".join(f"{name} {show(nbytes)}" for name, nbytes in parts.items() if nbytes > 0)
         )
-    return [*lines, f"  {'at the peak':20}{show(found.total):>10}  in the {found.phase}"]
+    lines.append(f"  {'at the peak':20}{show(found.total):>10}  in the {found.phase}")
+    return lines + [f"  {'host memory':20}{show(found.host):>10}  beside it"] * (found.host > 0)
 
 
 def describe_plan(job: Job, layout: Layout, world_size: int, gib: float) -> str:
     """The plan as lines: memory, traffic, idle share, layouts that fit. Raises: ValueError for an impossible layout."""
+    check_layout(layout, world_size)
+    layout = settle(job, layout, world_size, gib)
     found = memory(job, layout, world_size)
     stage = Stage(job, layout, world_size, found.stage)
     where = f", of stage {found.stage}, which holds most" if stage.pp > 1 else ""
@@ -159,16 +207,18 @@ def describe_plan(job: Job, layout: Layout, world_size: int, gib: float) -> str:
         f"bytes of a rank{where}",
         *memory_lines(found),
     ]
-    for what, sent in stage.traffic().items():
+    for what, sent in (("an optimizer step", stage.step_traffic()), ("a rollout, at most", stage.rollout_traffic())):
         if any(sent.values()):
-            lines.append(f"sent by a rank in {'an optimizer step' if what == 'step' else 'a rollout'}")
+            lines.append(f"sent by a rank in {what}")
             lines += [f"  {axis + ' ' + op:20}{show(n):>10}" for (axis, op), n in sorted(sent.items()) if n]
     if stage.pp > 1:
         idle = idle_share(layout.schedule, stage.pp, stage.num_microbatches, layout.num_chunks)
-        lines.append(f"idle share of the pipeline {idle:.1%}")
+        mode = {"folded": "; in a rollout every stage has all layers", "rotation": "; in a rollout sequences go round"}
+        lines.append(f"idle share of the pipeline {idle:.1%}{mode.get(layout.rollout, '')}")
     fitting = recommend(job, layout, world_size, gib)
     if not fitting:
-        least = min(options(job, layout, world_size), key=lambda option: option.memory.total, default=None)
+        every = options(job, replace(layout, offload=("optimizer",)), world_size, gib)
+        least = min(every, key=lambda option: option.memory.total, default=None)
         hint = f"; the least is\n  {least}" if least else ""
         return "\n".join([*lines, f"no layout of {world_size} ranks fits {gib:g} GiB: take more ranks{hint}"])
     lines.append(f"layouts that fit {gib:g} GiB a rank, by the estimated time of a step")
@@ -176,4 +226,6 @@ def describe_plan(job: Job, layout: Layout, world_size: int, gib: float) -> str:
     best = fitting[0]
     is_least = best is min(fitting, key=lambda option: sum(option.seconds.values()) - option.seconds["work"])
     reason = "least time for traffic" if is_least else "shortest step: less work or idle time outweighs its traffic"
+    if best.layout.offload and not layout.offload:
+        reason += "; nothing fits without the host's memory"
     return "\n".join([*lines, f"recommended: {flags(best.layout)}, {reason}"])

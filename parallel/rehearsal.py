@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.attention import Visible
-from parallel.collectives import groups, traffic
+from parallel.collectives import Pending, groups, traffic
 from parallel.data_parallel import data_parallel
 from parallel.footprint import Job, Role, Stage
-from parallel.generation import NUM_SLOTS, PREFILL_TOKENS, KVCache, Sampling, lm_logits, prefill, sample_tokens
+from parallel.generation import PREFILL_TOKENS, KVCache, Pass, Sampling, lm_logits, rotate, sample_tokens
 from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.model import Decoder, ScalarHead
 from parallel.optim import AdamW, clip_grad_norm
@@ -108,6 +108,8 @@ def fake_world(layout: Layout, world_size: int, rank: int, num_chosen: int) -> I
         mock.patch.object(Visible, "is_plain_causal", False),
         mock.patch("kernels.attention.EXPLICIT_MAX_LEN", 0),
         mock.patch.object(FakeTensor, "data_ptr", lambda self: 0),
+        mock.patch.object(Pending, "is_done", lambda self: True),
+        mock.patch.object(Mesh, "broadcast_object", lambda self, obj, *_: obj),
         mock.patch.object(torch.UntypedStorage, "resize_", resize_seen),
     ]
     with contextlib.ExitStack() as stack:
@@ -130,7 +132,8 @@ class Rehearsal:
     weights: int
     gradients: int
     optimizer: int
-    update: int  # bytes at the peak of an optimizer step
+    host: int  # bytes in the host's memory
+    update: int  # bytes at the peak of an optimizer step, less those
     rollout: int  # and of a generation's forwards
     step_traffic: dict[tuple[str, str], int]
     rollout_traffic: dict[tuple[str, str], int]
@@ -163,20 +166,25 @@ def rehearse(
             return ids | {"mask": torch.ones(shape, dtype=torch.bool)}
 
         before, ledger.peak = Counter(traffic()), ledger.live
+        ledger.number = stage.num_microbatches  # of all replicas
         model.zero_grad()
         forward_backward(model, [microbatch() for _ in range(stage.num_microbatches)], loss_fn)
         clip_grad_norm(model, 1.0, mesh)
         optimizer.step()
-        step_traffic, update = Counter(traffic()) - before, ledger.peak
+        step_traffic, update = Counter(traffic()) - before, ledger.peak - states[3]
 
         before, ledger.peak = Counter(traffic()), ledger.live
         if job.rollout:
             play_rollout(job, stage, next(roles[name] for name in stage.decoders), ledger)
-        return Rehearsal(*states, update, ledger.peak, dict(step_traffic), dict(Counter(traffic()) - before))
+        return Rehearsal(
+            *states, update, ledger.peak - states[3], dict(step_traffic), dict(Counter(traffic()) - before)
+        )
 
 
 def make_default_modules(roles: dict[str, Role], mesh: Mesh) -> dict[str, nn.Module]:
-    return {name: make_role(role, mesh) for name, role in roles.items() if role.in_units}
+    return {
+        name: make_role(role, mesh if role.trainable else mesh.folded) for name, role in roles.items() if role.in_units
+    }
 
 
 def make_role(role: Role, mesh: Mesh) -> nn.Module:
@@ -191,15 +199,13 @@ def make_role(role: Role, mesh: Mesh) -> nn.Module:
 def make_default_loss(roles: dict[str, nn.Module], mesh: Mesh) -> Callable:
     """The loss of every script in its outlines."""
 
-    def loss_fn(microbatch):
+    def loss_fn(hidden, microbatch):
         ids, mask = microbatch["input_ids"], microbatch["mask"]
         loss = torch.zeros(())
-        for module in roles.values():
-            if isinstance(module, Decoder) and module.embedding.weight.requires_grad:
-                hidden = module(ids, microbatch["position_ids"], microbatch["first_key"])
-                states = hidden_before(hidden, mask)
-                del hidden
-                if module.lm_head is not None or module.ties_lm_head:
+        for role, module in roles.items():
+            if role in hidden:
+                states = hidden_before(hidden[role], mask)
+                if module.has_lm_head:
                     logprobs, entropy = vocab_parallel_logprobs(states, module, ids[mask])
                     loss = loss - (logprobs + entropy).sum()
             elif isinstance(module, ScalarHead):
@@ -211,21 +217,40 @@ def make_default_loss(roles: dict[str, nn.Module], mesh: Mesh) -> Callable:
 
 @torch.no_grad()
 def play_rollout(job: Job, stage: Stage, policy: Decoder, ledger: Ledger) -> None:
-    """Prefill, the longest sequences' step, and a prefill of slots that have become free."""
-    slots = min(NUM_SLOTS, -(-job.rollout // stage.dp))
+    """Prefill, the longest sequences' step, and both again: prompts that enter slots that have become free."""
     prompt_len = job.seq_len - job.new_tokens
-    config, dtype = policy.config.shard(policy.mesh.tp.size), policy.embedding.weight.dtype
-    with rollout_weights(policy):
-        cache = KVCache(config, slots, dtype, torch.device("cpu"))
-        some = torch.arange(min(max(PREFILL_TOKENS // prompt_len, 1), slots))
-        ids, lens = torch.zeros(slots, job.seq_len, dtype=torch.long), torch.full((slots,), prompt_len)
+    ledger.number = int(policy.mesh.layout.rollout == "rotation")  # whether some rank lacks the memory for all layers
+    with rollout_weights(policy) as sampler:
+        slots = stage.slots
+        config = sampler.config.shard(sampler.mesh.tp.size)
+        layers = [i for chunk in sampler.chunks for i in chunk]
+        groups = range(sampler.mesh.pp.size)
+        caches = [KVCache(config, layers, slots, sampler.dtype, torch.device("cpu")) for _ in groups]
+        entered = torch.arange(min(max(PREFILL_TOKENS // prompt_len, 1), slots))
+        longest = torch.full((slots,), job.seq_len - 2)  # the newest token is drawn from the state of the one before
         for _ in range(2):
-            ledger.number = prompt_len
-            hidden = prefill(policy, cache, ids, lens, some, some)
-            sample_tokens(lm_logits(policy, hidden), torch.zeros(len(some)), Sampling(), None, policy.mesh.tp)
-            ledger.number = job.seq_len - 2  # the newest token is drawn from the state of the one before
-            cache.step(lens)
-            tokens = torch.zeros(slots, 1, dtype=torch.long)
-            hidden = policy(tokens, tokens, tokens, cache)[:, 0]
-            sample_tokens(lm_logits(policy, hidden), torch.zeros(slots), Sampling(), None, policy.mesh.tp)
+            for cache in caches:
+                ids = torch.zeros(len(entered), prompt_len, dtype=torch.long)
+                prompts = Pass(entered, entered, torch.full((len(entered),), prompt_len), ids, ids)
+                play_pass(prompts, sampler, cache)
+            ledger.number = job.seq_len - 2
+            for cache in caches:
+                ids = torch.zeros(slots, 1, dtype=torch.long)
+                play_pass(Pass(torch.arange(slots), None, longest, ids, ids), sampler, cache)
     ledger.number = 0
+
+
+def play_pass(one: Pass, sampler: Decoder, cache: KVCache) -> None:
+    """A group's pass through this stage, and the drawing of its tokens."""
+    mesh, came = sampler.mesh, one.token_ids
+    for i, chunk in enumerate(sampler.chunks):
+        states = None
+        if not (sampler.is_first and i == 0):
+            came = torch.empty(one.token_ids.numel(), sampler.config.hidden_size, dtype=sampler.dtype)
+        states = one.forward(sampler, cache, came, chunk)
+        if mesh.pp.size > 1:
+            is_end = chunk.stop == sampler.config.num_layers
+            widths = [0 if is_end or stage != mesh.pp.rank else one.token_ids.numel() for stage in range(mesh.pp.size)]
+            rotate(states, widths, sampler)
+    if sampler.is_last:
+        sample_tokens(lm_logits(sampler, states), torch.zeros(len(one.rows)), Sampling(), None, mesh.tp)

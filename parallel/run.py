@@ -32,6 +32,7 @@ from parallel import heartbeat
 from parallel.collectives import RankError, traffic
 from parallel.files import on_logger
 from parallel.mesh import Layout, Mesh
+from parallel.plan import explain_oom
 from parallel.training_state import Piece, load_training_state
 
 # flags whose change leaves the rest of a run as it would have been
@@ -98,7 +99,8 @@ def launch(main: Callable, Args: type) -> None:
     except (ValueError, OSError, RankError) as error:
         fail(f"error: {error}", rank, 1)
     except torch.OutOfMemoryError as error:
-        fail(f"error: {describe_oom(error)}", rank, 1)
+        plan = f"\n{explain_oom(args)}" if hasattr(args, "job") else ""
+        fail(f"error: {describe_oom(error)}{plan}", rank, 1)
     except KeyboardInterrupt:
         fail("interrupted", rank, 130)
     except SystemExit:
