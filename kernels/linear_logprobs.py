@@ -362,7 +362,7 @@ def fused_statistics(hidden, weight, token_ids, bias, temperature, vocab_start, 
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    out = torch.empty_like(parts[0])
+    out = torch.empty(4, num_rows, dtype=torch.float32, device=hidden.device)
     merge_slices_kernel[triton.cdiv(num_rows, 128),](parts, out, num_rows, num_slices, ROWS=128, num_warps=4)
     return out
 
@@ -379,6 +379,12 @@ def float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def chunk_rows(stride: int, dtype: torch.dtype) -> int:
+    """Rows whose logits exist at a time, `stride` in each, and in 16 bits their gradient beside them."""
+    itemsize = 4 if dtype == torch.float32 else 4 + dtype.itemsize
+    return min(CHUNK_ROWS, max(WORKSPACE_BYTES // (itemsize * stride), 1))
+
+
 class KernelLinearLogprobs(torch.autograd.Function):
     """`LinearLogprobs` with kernels; what one chunk holds is kept for the backward, several are computed again."""
 
@@ -387,8 +393,7 @@ class KernelLinearLogprobs(torch.autograd.Function):
         num_rows = len(hidden)
         statistics = torch.empty(4, num_rows, dtype=torch.float32, device=hidden.device)
         stride = triton.cdiv(num_valid, 64) * 64  # whole lines of the cache, whatever the vocabulary
-        itemsize = 4 if hidden.dtype == torch.float32 else 4 + hidden.element_size()
-        chunk = min(num_rows, CHUNK_ROWS, max(WORKSPACE_BYTES // (itemsize * stride), 1))
+        chunk = min(num_rows, chunk_rows(stride, hidden.dtype))
         workspace = torch.empty(chunk, stride, dtype=torch.float32, device=hidden.device)
         for i in range(0, num_rows, chunk):
             products = workspace[: num_rows - i, :num_valid]
@@ -422,8 +427,12 @@ class KernelLinearLogprobs(torch.autograd.Function):
         hidden, weight, token_ids, bias, largest = ctx.saved_tensors
         temperature, vocab_start, num_valid, chunk, stride = ctx.settings
         kept, ctx.kept = ctx.kept, None  # becomes the gradient; a second backward would compute it again
-        workspace = kept if kept is not None else largest.new_empty(chunk, stride)
-        out = workspace if hidden.dtype == torch.float32 else torch.empty_like(workspace, dtype=hidden.dtype)
+        workspace, device = kept, hidden.device
+        if kept is None:
+            workspace = torch.empty(chunk, stride, dtype=torch.float32, device=device)
+        out = workspace
+        if hidden.dtype != torch.float32:
+            out = torch.empty(chunk, stride, dtype=hidden.dtype, device=device)
         grads = torch.stack([torch.zeros_like(largest) if grad is None else grad for grad in grads])  # [3, tokens]
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
