@@ -181,11 +181,10 @@ def local_targets(ids_ptr, rows, is_row, vocab_start, num_valid):
 
 
 @jit
-def add_bias_and_scale(logits, bias_ptr, columns, num_valid, scale):
+def add_bias(products, bias_ptr, columns, num_valid):
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + columns, mask=columns < num_valid, other=0.0).to(tl.float32)
-        logits += bias[None, :]
-    return logits * scale
+        products += tl.load(bias_ptr + columns, mask=columns < num_valid, other=0.0).to(tl.float32)[None, :]
+    return products
 
 
 @jit
@@ -225,16 +224,15 @@ def fused_statistics_kernel(
         columns = start + tl.arange(0, COLUMNS)
         is_column = columns < num_valid
         weight_rows = weight_ptr + columns[:, None].to(tl.int64) * weight_stride
-        logits = tl.zeros((ROWS, COLUMNS), tl.float32)
+        logits = add_bias(tl.zeros((ROWS, COLUMNS), tl.float32), bias_ptr, columns, num_valid)
         for k in range(0, width, DEPTH):
             features = k + tl.arange(0, DEPTH)
             is_feature = (features < width)[None, :]
             h = tl.load(hidden_rows + features[None, :], mask=is_row[:, None] & is_feature, other=0.0)
             w = tl.load(weight_rows + features[None, :], mask=is_column[:, None] & is_feature, other=0.0)
             logits = tl.dot(h, tl.trans(w), logits, input_precision="ieee")
-        logits = add_bias_and_scale(logits, bias_ptr, columns, num_valid, scale)
         largest, sum_exp, target, weighted = join_block(
-            largest, sum_exp, target, weighted, logits, columns, targets, num_valid
+            largest, sum_exp, target, weighted, logits * scale, columns, targets, num_valid
         )
     stride = tl.cast(num_rows, tl.int64)
     store_statistics(parts_ptr + part * 4 * stride + rows, stride, is_row, largest, sum_exp, target, weighted)
@@ -265,7 +263,7 @@ def load_logits(products_ptr, bias_ptr, rows, is_row, columns, stride, num_valid
     offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
     products = tl.load(products_ptr + offsets, mask=is_row[:, None] & (columns < stride)[None, :], other=0.0)
     products = tl.where((columns < num_valid)[None, :], products, 0.0)
-    return add_bias_and_scale(products, bias_ptr, columns, num_valid, scale)
+    return add_bias(products, bias_ptr, columns, num_valid) * scale
 
 
 @jit
