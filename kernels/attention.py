@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.launch import Tiles, architecture, jit, runs_triton, tl
+from kernels.launch import Tiles, architecture, has_kernels, jit, runs_triton, tl
 
 LOG2_E = 1.4426950408889634
 EXPLICIT_MAX_LEN = 128  # up to this row length two batched matrix products and a softmax beat the fused CPU kernel
@@ -489,8 +489,6 @@ class FlashAttention(torch.autograd.Function):
 
 def check_kernel_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises ValueError for what the kernels do not do."""
-    if q.shape[3] not in PIECES:
-        raise ValueError(f"attention kernels take head dims {', '.join(map(str, PIECES))}, not {q.shape[3]}")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention kernels take bfloat16, float16 or float32, not {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
@@ -511,7 +509,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
         -> [batch, seq_len, num_heads, head_dim]
     Source: Vaswani et al. 2017 (arXiv 1706.03762), eq. 1.
     """
-    if q.dtype != torch.float64 and runs_triton(q):
+    if q.dtype != torch.float64 and runs_triton(q) and has_kernels("attention", q.shape[3], tuple(PIECES)):
         check_kernel_inputs(q, k, v)
         return FlashAttention.apply(q, k, v, *visible.bounds)
     if not q.is_cuda and q.shape[1] <= EXPLICIT_MAX_LEN:

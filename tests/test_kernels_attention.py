@@ -185,7 +185,7 @@ def refused(kind):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("head dim", "take head dims 32, 64, 80, 96, 128, 256, not 48"),
+        ("head dim", "kernels of attention take head dims 32, 64, 80, 96, 128, 256, not 48"),
         ("types", "bfloat16, float16 or float32, not torch.float32, torch.float16"),
         ("heads", "do not fit"),
     ],

@@ -1,8 +1,9 @@
 """Flash attention compiled ahead of time for sm_80 and sm_90, with the tiles that it runs with there.
 
-What comes out is compared with tests/results/compiled_attention.json, by Triton's version: registers, stack (spilled registers),
-shared memory and tensor-core instructions. `python -m tests.test_kernels_compiled` writes that file anew. By default a
-part is compiled, with ALL_KERNELS=1 everything; with TRITON_36, a folder that holds Triton 3.6, with that, too.
+What comes out is compared with tests/results/compiled_attention.json, by Triton's version: registers, stack (spilled
+registers), shared memory and tensor-core instructions. `python -m tests.test_kernels_compiled` writes that file anew.
+By default a part is compiled, with ALL_KERNELS=1 everything; with TRITON_36, a folder that holds Triton 3.6, with that,
+too.
 """
 
 import itertools
@@ -26,7 +27,7 @@ ATTENTION_KERNELS = ("flash_forward", "flash_backward_kv", "flash_backward_q")
 
 
 def attention_specimens():
-    """Name -> specimen; whether the default run compiles it is said by its name's place in `chosen`."""
+    """(name, specimen) of each kernel, head dim, type and architecture."""
     strides = [f"{x}_{y}" for x in "qkvg" for y in ("batch", "token", "head")]
     tensors = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
     for arch, (name, itemsize), head_dim in itertools.product((80, 90), TYPES.items(), PIECES):
