@@ -77,3 +77,17 @@ def runs_triton(x: Tensor) -> bool:
         _say_once("kernels: PyTorch, since the package triton is not installed")
         return False
     return True
+
+
+def has_kernels(name: str, head_dim: int, head_dims: tuple[int, ...]) -> bool:
+    """Whether there are kernels for heads of this size; if not, PyTorch takes them, and says so once.
+
+    Raises: ValueError if KERNELS=triton forces what there is not.
+    """
+    if head_dim in head_dims:
+        return True
+    text = f"kernels of {name} take head dims {', '.join(map(str, head_dims))}, not {head_dim}"
+    if os.environ.get("KERNELS"):
+        raise ValueError(text)
+    _say_once(f"kernels: PyTorch; those of {text.removeprefix('kernels of ')}")
+    return False
