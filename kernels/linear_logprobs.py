@@ -259,10 +259,9 @@ def merge_slices_kernel(parts_ptr, out_ptr, num_rows, num_slices, ROWS: tl.const
 
 @jit
 def load_logits(products_ptr, bias_ptr, rows, is_row, columns, stride, num_valid, scale):
-    """Logits from products h W^T. The mask is that of whole rows, whose loads are wide; what fills a row is cut off."""
+    """Logits from products h W^T. The mask is that of whole rows, whose loads are wide: undefined beyond num_valid."""
     offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
     products = tl.load(products_ptr + offsets, mask=is_row[:, None] & (columns < stride)[None, :], other=0.0)
-    products = tl.where((columns < num_valid)[None, :], products, 0.0)
     return add_bias(products, bias_ptr, columns, num_valid) * scale
 
 

@@ -3,7 +3,9 @@
 `TRITON_36=FOLDER python -m tests.test_kernels_logprobs` writes the table anew; the folder holds another Triton.
 """
 
+import ctypes
 import json
+import mmap
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,18 +52,23 @@ def merged(shards):
 
 
 class Fence:
-    """Tensors with NaNs before and behind them, and in them until they are written."""
+    """Tensors that hold NaNs until they are written, with NaNs before them, and behind them memory that nobody may
+    touch: the process ends there."""
 
-    WIDTH = 1 << 14  # entries
+    WIDTH = 1 << 16  # bytes before a tensor
 
     def __init__(self):
         self.buffers = []
 
     def empty(self, *shape, dtype=F32, device=None):
-        shape = torch.Size(shape)
-        buffer = torch.full((shape.numel() + 2 * self.WIDTH,), torch.nan, dtype=dtype)
-        self.buffers.append(buffer)
-        return buffer[self.WIDTH : -self.WIDTH].view(shape)
+        shape, page = torch.Size(shape), mmap.PAGESIZE
+        size = -(-(self.WIDTH + shape.numel() * dtype.itemsize) // page) * page
+        memory = mmap.mmap(-1, size + page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), page, 0) == 0  # PROT_NONE
+        buffer = torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize).fill_(torch.nan)
+        self.buffers.append((buffer, shape.numel()))
+        return buffer[len(buffer) - shape.numel() :].view(shape)
 
     def around(self, x):
         return None if x is None else self.empty(*x.shape, dtype=x.dtype).copy_(x)
@@ -70,9 +77,8 @@ class Fence:
     def around_everything(self):
         with mock.patch.object(file.torch, "empty", self.empty):
             yield
-        for i, buffer in enumerate(self.buffers):
-            beside = torch.cat((buffer[: self.WIDTH], buffer[-self.WIDTH :]))
-            assert beside.isnan().all(), f"buffer {i} of {buffer.numel() - 2 * self.WIDTH} entries was left"
+        for i, (buffer, size) in enumerate(self.buffers):
+            assert buffer[: len(buffer) - size].isnan().all(), f"written before buffer {i} of {size} entries"
 
 
 def draw(num_rows, width, vocab, num_valid, dtype, with_bias):
@@ -168,12 +174,16 @@ def chunks():
     """Gradients of several chunks, and those of a second backward, equal those of one that was kept."""
     hidden, weight, token_ids, bias = draw(23, 20, 150, 141, F32, True)
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
-    grads, fence = torch.randn(2, 23), Fence()
-    results = []
-    for patch in ({"CHUNK_ROWS": 23}, {"CHUNK_ROWS": 6, "SUM_ELEMENTS": 1300}, {"WORKSPACE_BYTES": 4 * 192 * 5}):
+    grads, fence, results = torch.randn(2, 23), Fence(), []
+    with torch.no_grad():
+        expected = formulas(hidden.double(), weight.double(), token_ids, bias.double(), 0.8, 141)
+    several = {"CHUNK_ROWS": 6, "SUM_ELEMENTS": 1300}
+    tiles = {"CHUNK_ROWS": 7, "ROW_TILES": file.Tiles(4, 64, 4, 1)}
+    for patch in ({"CHUNK_ROWS": 23}, several, tiles, {"WORKSPACE_BYTES": 4 * 192 * 5}):
         with mock.patch.multiple(file, **patch), fence.around_everything():
             found = linear_logprobs(hidden, weight, token_ids, bias, 0.8, vocab_size=141)
             outputs, node = merged([found]), found[1].grad_fn
+            check([x.detach() for x in outputs], expected, F32, str(patch))
             assert (node.kept is None) == (patch != {"CHUNK_ROWS": 23})
             for _ in range(2):
                 loss = (outputs[0] * grads[0] + outputs[1] * grads[1]).sum()
@@ -185,6 +195,21 @@ def chunks():
 
 def test_chunks_match_one_chunk():
     run_interpreted(chunks)
+
+
+def blocks():
+    """Groups of blocks of rows, the last one smaller, and slices of few blocks."""
+    hidden, weight, token_ids, _ = draw(300, 20, 330, 325, F32, False)
+    fence = Fence()
+    fenced = fence.around(hidden), fence.around(weight)
+    expected = formulas(hidden.double(), weight.double(), token_ids, None, 1.0, 325)
+    for patch in ({"GROUP_BLOCKS": 2, "SLICE_BLOCKS": 2}, {"GROUP_BLOCKS": 3, "SLICE_BLOCKS": 1}):
+        with mock.patch.multiple(file, **patch), fence.around_everything():
+            check(merged([linear_logprobs(*fenced, token_ids, vocab_size=325)]), expected, F32, str(patch))
+
+
+def test_blocks_cover_everything():
+    run_interpreted(blocks)
 
 
 def partial_gradients():
