@@ -394,7 +394,8 @@ def describe_tokens(roles, rollout, temperature, microbatches):
     """Log-probabilities under policy and reference, and values, of some rows by the path that training takes.
 
     Args: rollout: with input_ids, response_mask and seq_lens. microbatches: rows of each, as training will take them:
-        the same rows laid out in the same way give the same numbers to the last bit.
+        the same rows laid out in the same way give the same numbers, to the last bit unless kernels run on bfloat16,
+        whose sums without gradient take another order.
     Returns: old_logprobs, ref_logprobs, values, each [batch, seq_len], 0 outside the responses of those rows, and
         where another stage has them
     """

@@ -15,8 +15,10 @@ T = sum (T_i + (m_i - M) S_i) exp(m_i - M). Gradients, with e_j = exp(l_j - m):
 
     dS/dl_j = e_j        dT/dl_j = e_j (1 + l_j - m)        dz/dl_j = [j = target]
 
-On a GPU a forward without gradient never writes a logit to memory: each program keeps a tile of them. Training is three
-matrix products around two kernels that each read a chunk of logits once: one for (m, S, z, T), one for the gradient.
+On a GPU training is three matrix products around two kernels that each read a chunk of logits once: one for
+(m, S, z, T), one for the gradient; 16-bit factors are summed in float32 and logits never rounded. A forward without
+gradient writes no logits at all in 16 bits: a program keeps a tile of them. In float32 it takes the path of training,
+whose products are faster there, and equals it to the last bit.
 """
 
 from __future__ import annotations
@@ -129,13 +131,8 @@ MAX_SIZE = 1 << 30  # of a dimension: kernels count rows, columns and features i
 CHUNK_ROWS = 4096  # more would not make the products faster
 WORKSPACE_BYTES = 1 << 30  # a chunk's logits in float32 and, beside them, their gradient in 16 bits
 SUM_ELEMENTS = 1 << 26  # of the weight's gradient that are computed in float32 and added at a time: 256 MiB
-TILES = {  # of the fused forward, by architecture and bits of an input
-    (90, 16): Tiles(128, 128, 8, 4),
-    (90, 32): Tiles(64, 64, 4, 2),
-    (80, 16): Tiles(128, 128, 8, 3),
-    (80, 32): Tiles(64, 64, 4, 2),
-}
-DEPTH_BITS = 1024  # of a row of a tile of inputs, which shared memory holds without conflicts
+TILES = {90: Tiles(128, 128, 8, 4), 80: Tiles(128, 128, 8, 3)}  # of the fused forward, by architecture
+DEPTH = 64  # features of a tile of inputs
 SLICE_BLOCKS = 16  # blocks of columns of a program; fixed, so that a row's sums do not depend on the batch
 GROUP_BLOCKS = 16  # blocks of rows that are worked on together: they and the weights stay in the L2 cache
 ROW_TILES = Tiles(1, 4096, 8, 1)  # of the kernels that read logits from memory
@@ -230,7 +227,7 @@ def fused_statistics_kernel(
             is_feature = (features < width)[None, :]
             h = tl.load(hidden_rows + features[None, :], mask=is_row[:, None] & is_feature, other=0.0)
             w = tl.load(weight_rows + features[None, :], mask=is_column[:, None] & is_feature, other=0.0)
-            logits = tl.dot(h, tl.trans(w), logits, input_precision="ieee")
+            logits = tl.dot(h, tl.trans(w), logits)
         largest, sum_exp, target, weighted = join_block(
             largest, sum_exp, target, weighted, logits * scale, columns, targets, num_valid
         )
@@ -259,10 +256,9 @@ def merge_slices_kernel(parts_ptr, out_ptr, num_rows, num_slices, ROWS: tl.const
 
 @jit
 def load_logits(products_ptr, bias_ptr, rows, is_row, columns, stride, num_valid, scale):
-    """Logits from products h W^T. The mask is that of whole rows, whose loads are wide; what fills a row is cut off."""
+    """Logits from products h W^T. The mask is that of whole rows, whose loads are wide: undefined beyond num_valid."""
     offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
     products = tl.load(products_ptr + offsets, mask=is_row[:, None] & (columns < stride)[None, :], other=0.0)
-    products = tl.where((columns < num_valid)[None, :], products, 0.0)
     return add_bias(products, bias_ptr, columns, num_valid) * scale
 
 
@@ -333,9 +329,8 @@ def row_gradient_kernel(
 
 
 def fused_statistics(hidden, weight, token_ids, bias, temperature, vocab_start, num_valid) -> Tensor:
-    """(m, S, z, T) of each row, without gradient: [4, tokens]."""
-    bits = 8 * hidden.element_size()
-    tiles = TILES[architecture(hidden.device.index), bits]
+    """(m, S, z, T) of each row from 16-bit inputs, without gradient: [4, tokens]."""
+    tiles = TILES[architecture(hidden.device.index)]
     slice_size, num_rows = SLICE_BLOCKS * tiles.columns, len(hidden)
     num_slices = triton.cdiv(num_valid, slice_size)
     parts = torch.empty(num_slices, 4, num_rows, dtype=torch.float32, device=hidden.device)
@@ -354,7 +349,7 @@ def fused_statistics(hidden, weight, token_ids, bias, temperature, vocab_start, 
         1 / temperature,
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
-        DEPTH=DEPTH_BITS // bits,
+        DEPTH=DEPTH,
         SLICE=slice_size,
         GROUP=GROUP_BLOCKS,
         num_warps=tiles.num_warps,
@@ -512,6 +507,7 @@ def linear_logprobs(hidden, weight, token_ids, bias=None, temperature=1.0, vocab
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
     inputs = (hidden, weight, token_ids.contiguous(), bias if bias is None else bias.contiguous(), *inputs[4:])
     with torch.cuda.device_of(hidden):
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        if trains or hidden.dtype == torch.float32:
             return KernelLinearLogprobs.apply(*inputs)
         return tuple(fused_statistics(*inputs))
