@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.launch import Tiles, architecture, jit, runs_triton, tl
+from kernels.launch import Tiles, architecture, has_kernels, jit, runs_triton, tl
 from kernels.pointwise import rotate_
 
 
@@ -321,10 +321,10 @@ def append(
             raise ValueError(
                 f"tables are {shapes}, not [{num_sequences}, 1, at most {head_dim // 2}] of {qkv.dtype}, as qkv is"
             )
-    if qkv.dtype == torch.float64 or not runs_triton(qkv):
-        return append_reference(qkv, cache, step, num_heads, tables, interleaved)
-    check_for_kernels(qkv, cache, step)
-    return append_by_kernel(qkv, cache, step, num_heads, tables, interleaved)
+    if has_kernels_for(qkv, head_dim):
+        check_for_kernels(qkv, cache, step)
+        return append_by_kernel(qkv, cache, step, num_heads, tables, interleaved)
+    return append_reference(qkv, cache, step, num_heads, tables, interleaved)
 
 
 def decode_attention(q: Tensor, cache: Tensor, step: Step, window: int | None = None) -> Tensor:
@@ -341,10 +341,14 @@ def decode_attention(q: Tensor, cache: Tensor, step: Step, window: int | None = 
         raise ValueError(f"q {list(q.shape)} does not fit {len(step.lens)} lengths and a cache {list(cache.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} keys: at least 1, the new token's own")
-    if q.dtype == torch.float64 or not runs_triton(q):
-        return decode_attention_reference(q, cache, step, window)
-    check_for_kernels(q, cache, step)
-    return decode_attention_by_kernels(q, cache, step, window)
+    if has_kernels_for(q, q.shape[2]):
+        check_for_kernels(q, cache, step)
+        return decode_attention_by_kernels(q, cache, step, window)
+    return decode_attention_reference(q, cache, step, window)
+
+
+def has_kernels_for(x: Tensor, head_dim: int) -> bool:
+    return x.dtype != torch.float64 and runs_triton(x) and has_kernels("decoding", head_dim, tuple(PIECES))
 
 
 def check_cache(x: Tensor, cache: Tensor, step: Step) -> None:
@@ -359,9 +363,6 @@ def check_cache(x: Tensor, cache: Tensor, step: Step) -> None:
 
 def check_for_kernels(x: Tensor, cache: Tensor, step: Step) -> None:
     """Raises ValueError for what the kernels do not do."""
-    head_dim = cache.shape[4]
-    if head_dim not in PIECES:
-        raise ValueError(f"decode kernels take head dims {', '.join(map(str, PIECES))}, not {head_dim}")
     if x.dtype not in DTYPES:
         raise ValueError(f"decode kernels take bfloat16, float16 or float32, not {x.dtype}")
     if step.lens.ndim != 1 or step.lens.dtype not in (torch.int32, torch.int64) or not step.lens.is_contiguous():

@@ -6,6 +6,7 @@ import torch
 from kernels import linear_logprobs as linear_logprobs_file
 from kernels.attention import EXPLICIT_MAX_LEN, Visible, attention
 from kernels.decode import Step, decode_attention
+from kernels.launch import has_kernels
 from kernels.linear_logprobs import linear_logprobs
 
 
@@ -135,3 +136,14 @@ def test_linear_logprobs_keeps_at_most_one_chunk(monkeypatch):
             node = linear_logprobs(hidden, weight, torch.zeros(1000, dtype=torch.long))[1].grad_fn
         assert max(saved) == 3000 * 8, saved
         assert (0 if node.kept is None else node.kept.numel()) == kept
+
+
+def test_head_dims_without_kernels_are_left_to_pytorch_and_said_once(monkeypatch, capsys):
+    monkeypatch.delenv("KERNELS", raising=False)
+    assert has_kernels("a test", 64, (32, 64))
+    assert not has_kernels("a test", 48, (32, 64))
+    assert not has_kernels("a test", 48, (32, 64))
+    assert capsys.readouterr().out == "kernels: PyTorch; those of a test take head dims 32, 64, not 48\n"
+    monkeypatch.setenv("KERNELS", "triton")
+    with pytest.raises(ValueError, match="a test take head dims 32, 64, not 48"):
+        has_kernels("a test", 48, (32, 64))

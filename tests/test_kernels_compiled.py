@@ -1,12 +1,11 @@
-"""Flash attention compiled ahead of time for sm_80 and sm_90, with the tiles that it runs with there.
+"""All kernels compiled ahead of time for sm_80 and sm_90, with the tiles that they run with there.
 
-What comes out is compared with tests/results/compiled_attention.json, by Triton's version: registers, stack (spilled
-registers), shared memory and tensor-core instructions. `python -m tests.test_kernels_compiled` writes that file anew.
-By default a part is compiled, with ALL_KERNELS=1 everything; with TRITON_36, a folder that holds Triton 3.6, with that,
-too.
+What comes out is compared with tests/results/compiled.json, by Triton's version: registers, stack (spilled registers),
+shared memory and tensor-core instructions. `python -m tests.test_kernels_compiled [FOLDER]` writes that file anew, with
+the Triton of FOLDER, too. By default a part is compiled, with ALL_KERNELS=1 everything; with TRITON_36, a folder that
+holds Triton 3.6, with that, too.
 """
 
-import itertools
 import json
 import os
 import sys
@@ -14,48 +13,122 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kernels.attention import PIECES, tiles_of
+from kernels import attention, decode, linear_logprobs, sampler
 from kernels.launch import triton
 from tests.compiled import ROOT, Specimen, compile_all
 
-TABLE = ROOT / "tests/results/compiled_attention.json"
+TABLE = ROOT / "tests/results/compiled.json"
 STACK = 64  # bytes a thread may spill
 SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes of a block
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-ALL = bool(os.environ.get("ALL_KERNELS"))
-ATTENTION_KERNELS = ("flash_forward", "flash_backward_kv", "flash_backward_q")
+TENSOR_CORES = {  # kernels whose 16-bit products must run there -> instruction on (sm_80, sm_90)
+    "flash_forward": ("hmma", "hgmma"),
+    "flash_backward_kv": ("hmma", "hgmma"),
+    "flash_backward_q": ("hmma", "hgmma"),
+    "fused_statistics_kernel": ("hmma", "hgmma"),
+    "split_kernel": ("hmma", "hmma"),  # 16 rows of queries: fewer than wgmma takes
+}
 
 
-def attention_specimens():
-    """(name, specimen) of each kernel, head dim, type and architecture."""
+def heads(pieces):
+    """(name of the type, bytes of a number, head dim) of what is compiled: all head dims in bf16."""
+    for name, itemsize in TYPES.items():
+        yield from ((name, itemsize, head_dim) for head_dim in pieces if name == "bf16" or head_dim in (64, 128))
+
+
+def attention_specimens(arch):
     strides = [f"{x}_{y}" for x in "qkvg" for y in ("batch", "token", "head")]
     tensors = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
-    for arch, (name, itemsize), head_dim in itertools.product((80, 90), TYPES.items(), PIECES):
-        if name != "bf16" and head_dim not in (64, 128):
-            continue
-        types = dict.fromkeys(tensors, f"*{name}") | dict.fromkeys(strides, "i32") | {"scale": "fp32", "seq_len": "i32"}
-        types |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "earliest_ptr": "*i32", "after_ptr": "*i32"}
-        d0, d1 = PIECES[head_dim]
-        for kernel, tiles in zip(ATTENTION_KERNELS, tiles_of(head_dim, itemsize, arch), strict=True):
+    numbers = dict.fromkeys(strides, "i32") | {"scale": "fp32", "seq_len": "i32"}
+    numbers |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "earliest_ptr": "*i32", "after_ptr": "*i32"}
+    for name, itemsize, head_dim in heads(attention.PIECES):
+        types = numbers | dict.fromkeys(tensors, f"*{name}")
+        d0, d1 = attention.PIECES[head_dim]
+        kernels = ("flash_forward", "flash_backward_kv", "flash_backward_q")
+        for kernel, tiles in zip(kernels, attention.tiles_of(head_dim, itemsize, arch), strict=True):
             constants = {"GROUP": 4, "D0": d0, "D1": d1, "BM": tiles.rows, "BN": tiles.columns}
-            yield (
-                f"{kernel} {head_dim} {name} sm_{arch}",
-                Specimen(
-                    "kernels.attention", kernel, types, constants, arch, tiles.num_warps, tiles.num_stages, (*strides,)
-                ),
-            )
+            shape = arch, tiles.num_warps, tiles.num_stages, (*strides,)
+            yield f"{kernel} {head_dim} {name}", Specimen("kernels.attention", kernel, types, constants, *shape)
 
 
-SPECIMENS = dict(attention_specimens())
+def decode_specimens(arch):
+    pointers = {"lens_ptr": "*i64", "acc_ptr": "*fp32", "stats_ptr": "*fp32"}
+    strides = ("qkv_stride", "q_stride", "q_head_stride", "kind_stride", "slot_stride", "head_stride", "token_stride")
+    numbers = ("max_len", "window", "num_heads", "num_kv_heads", "group", "num_splits")
+    types = pointers | {"scale": "fp32"} | dict.fromkeys((*strides, *numbers), "i32")
+    for name, itemsize, head_dim in heads(decode.PIECES):
+        tiles, (d0, d1) = decode.TILES[arch, head_dim, 8 * itemsize], decode.PIECES[head_dim]
+        tensors = dict.fromkeys(("qkv_ptr", "q_ptr", "cache_ptr", "cos_ptr", "sin_ptr", "out_ptr"), f"*{name}")
+        width = {"HEAD_DIM": head_dim, "PADDED": 1 << (head_dim - 1).bit_length()}
+        split = {"ROWS": decode.QUERY_ROWS, "SPLIT": tiles.rows, "BN": tiles.columns, "D0": d0, "D1": d1}
+        rotary = {"HALF": head_dim // 4, "INTERLEAVED": head_dim == 256, "HEADS": decode.APPEND_HEADS}
+        for kernel, constants, num_warps, num_stages in (
+            ("split_kernel", split, tiles.num_warps, tiles.num_stages),
+            ("merge_kernel", {"SPLIT": tiles.rows} | width, 1, 3),
+            ("append_kernel", rotary | width, 4, 3),
+        ):
+            shape = arch, num_warps, num_stages, strides
+            yield f"{kernel} {head_dim} {name}", Specimen("kernels.decode", kernel, types | tensors, constants, *shape)
+
+
+def sampler_specimens(arch):
+    types = dict.fromkeys(("logits_ptr", "largest_ptr", "border_ptr", "logprobs_ptr"), "*fp32")
+    types |= dict.fromkeys(("sums_ptr", "mass_ptr", "prefix_ptr", "noise_ptr", "total_ptr"), "*fp64")
+    types |= {"token_ids_ptr": "*i64", "temperature": "fp32"}
+    numbers = ("stride", "num_ids", "num_rows", "num_blocks", "vocab", "top_k", "first_block", "num_local_blocks")
+    types |= dict.fromkeys(numbers, "i32")
+    sums, border, draw = (sampler.TILES[name] for name in ("sum", "border", "draw"))
+    search = {"ROWS": border.rows, "IDS": border.columns, "ONE": sampler.ONE, "HALVINGS": sampler.HALVINGS}
+    for kernel, constants, tiles in (
+        ("sum_kernel", {"BLOCK": sampler.BLOCK, "BLOCKS": sums.rows, "HAS_BORDER": True}, sums),
+        ("border_kernel", search | {"HAS_MASS": True}, border),
+        ("draw_kernel", {"BLOCK": sampler.BLOCK, "PADDED": 2048, "ROWS": draw.rows, "HAS_BORDER": True}, draw),
+    ):
+        shape = arch, tiles.num_warps, tiles.num_stages, ("stride",)
+        yield f"{kernel} fp32", Specimen("kernels.sampler", kernel, types, constants, *shape)
+
+
+def logprobs_specimens(arch):
+    file = linear_logprobs
+    tiles, row_tiles = file.TILES[arch], file.ROW_TILES
+    ints = ("num_rows", "num_valid", "vocab_start", "width", "stride", "num_slices")
+    ints += ("hidden_stride", "weight_stride", "out_stride", "grads_stride")
+    floats = ("parts_ptr", "products_ptr", "largest_ptr", "grads_ptr", "out_ptr")
+    numbers = dict.fromkeys(ints, "i32") | {"scale": "fp32", "ids_ptr": "*i64"} | dict.fromkeys(floats, "*fp32")
+    sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": file.DEPTH}
+    sizes |= {"SLICE": file.SLICE_BLOCKS * tiles.columns, "GROUP": file.GROUP_BLOCKS}
+    rows = {"ROWS": row_tiles.rows, "COLUMNS": row_tiles.columns}
+    for name in TYPES:
+        types = numbers | dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{name}")
+        kernels = {"row_gradient_kernel": (types | {"out_ptr": f"*{name}"}, rows, row_tiles)}
+        if name != "fp32":
+            kernels["fused_statistics_kernel"] = types, sizes, tiles
+        if name == "bf16":
+            kernels["fused_statistics_kernel without bias"] = types, sizes | {"bias_ptr": None}, tiles
+            kernels["row_statistics_kernel"] = types, rows, row_tiles
+            kernels["merge_slices_kernel"] = types, {"ROWS": 128}, row_tiles._replace(num_warps=4)
+        for kernel, (given, constants, its_tiles) in kernels.items():
+            divisible = ("width", "hidden_stride", "weight_stride", "stride")
+            shape = arch, its_tiles.num_warps, its_tiles.num_stages, divisible
+            yield f"{kernel} {name}", Specimen("kernels.linear_logprobs", kernel.split()[0], given, constants, *shape)
+
+
+SPECIMENS = {
+    f"{name} sm_{arch}": specimen
+    for arch in (80, 90)
+    for of_file in (attention_specimens, decode_specimens, sampler_specimens, logprobs_specimens)
+    for name, specimen in of_file(arch)
+}
 
 
 def chosen(folder):
-    """Names of what this run compiles: of the other Triton less."""
-    if ALL:
+    """Names of what a test compiles: all with ALL_KERNELS=1, else of each Triton a part."""
+    if os.environ.get("ALL_KERNELS"):
         return list(SPECIMENS)
-    if folder:
-        return [name for name in SPECIMENS if " 64 bf16 sm_90" in name]
-    return [name for name in SPECIMENS if " 128 bf16" in name or " 96 bf16 sm_90" in name]
+    parts = ["96 bf16 sm_90", "draw_kernel", "fused_statistics_kernel bf16"]
+    if not folder:
+        parts += ["128 bf16 sm_80", "split_kernel 128", "border_kernel", "row_", "merge_slices_kernel"]
+    return [name for name in SPECIMENS if any(part in name for part in parts)]
 
 
 def compile_named(names, folder):
@@ -66,7 +139,7 @@ def compile_named(names, folder):
     results = {}
     for half, (_, rows) in zip(halves, found, strict=True):
         results |= dict(zip(half, rows, strict=True))
-    return found[0][0], results
+    return found[0][0], {name: results[name] for name in names}
 
 
 @pytest.mark.skipif(triton is None, reason="needs the package triton")
@@ -75,25 +148,28 @@ def test_kernels_compile(folder):
     if folder == "?":
         pytest.skip("needs Triton 3.6 in the folder that TRITON_36 names")
     version, found = compile_named(chosen(folder), folder or None)
-    expected = json.loads(TABLE.read_text()).get(version, {})
+    expected = json.loads(TABLE.read_text()).get(version)  # of another patch release there is none
     for name, row in found.items():
-        arch = SPECIMENS[name].capability
+        specimen = SPECIMENS[name]
         assert row["stack"] <= STACK, (name, row)
-        assert row["shared"] <= SHARED[arch], (name, row)
-        if " fp32 " not in name:
-            assert row["hgmma" if arch == 90 else "hmma"] > 0, (name, row)
-        if expected:
-            assert row == expected[name], name
+        assert row["shared"] <= SHARED[specimen.capability], (name, row)
+        if specimen.kernel in TENSOR_CORES and " fp32 " not in name:
+            assert row[TENSOR_CORES[specimen.kernel][specimen.capability == 90]] > 0, (name, row)
+        assert expected is None or row == expected[name], name
+
+
+def test_table_has_every_kernel():
+    table = json.loads(TABLE.read_text())
+    assert table
+    for version, rows in table.items():
+        assert set(rows) == set(SPECIMENS), version
 
 
 if __name__ == "__main__":
-    ALL = True
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     for folder in ("", *sys.argv[1:]):
-        version, found = compile_named(list(SPECIMENS), folder or None)
-        table[version] = found
-        for name, row in found.items():
-            print(version, name, row)
+        version, table_of_version = compile_named(list(SPECIMENS), folder or None)
+        table[version] = table_of_version
     lines = [f' "{version}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in rows.items()) + "\n }"
              for version, rows in sorted(table.items())]  # fmt: skip
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

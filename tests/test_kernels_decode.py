@@ -1,16 +1,8 @@
-"""Kernels of generation: one new token per sequence, and the sampler. In Triton's interpreter against float64 formulas;
-compiled ahead of time for sm_80 and sm_90, with the tiles that they run with there.
-
-What compiles is compared with tests/results/compiled_decode.json, by Triton's version.
-`python -m tests.test_kernels_decode [FOLDER]` writes that file anew, with the Triton of FOLDER, too.
-"""
+"""Kernels of generation, interpreted, against float64 formulas: one new token per sequence, and the sampler."""
 
 import functools
-import itertools
-import json
 import math
 import os
-import sys
 from unittest import mock
 
 import numpy as np
@@ -23,7 +15,6 @@ from kernels.launch import Tiles, triton
 from parallel.generation import Sampling, generate, sample_tokens
 from parallel.mesh import init_mesh
 from parallel.model import Decoder, DecoderConfig
-from tests.compiled import ROOT, Specimen, compile_all
 from tests.interpreter import run_interpreted
 
 needs_triton = pytest.mark.skipif(triton is None, reason="needs the package triton")
@@ -412,93 +403,3 @@ def test_generation_by_kernels_gives_the_reference_tokens(options):
     (ids, logprobs), (expected_ids, expected_logprobs) = run_interpreted(generate_by_both, options)
     assert ids == expected_ids
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
-
-
-TABLE = ROOT / "tests/results/compiled_decode.json"
-STACK = 64  # bytes of a thread
-SHARED = {80: 163 << 10, 90: 227 << 10}  # bytes of a program
-BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
-
-
-def decode_specimens():
-    """(name, specimen) of everything that decoding runs on a GPU."""
-    pointers = {"lens_ptr": "*i64", "acc_ptr": "*fp32", "stats_ptr": "*fp32"}
-    strides = ("qkv_stride", "q_stride", "q_head_stride", "kind_stride", "slot_stride", "head_stride", "token_stride")
-    numbers = ("max_len", "window", "num_heads", "num_kv_heads", "group", "num_splits")
-    types = pointers | {"scale": "fp32"} | dict.fromkeys((*strides, *numbers), "i32")
-    for arch, head_dim, name in itertools.product((80, 90), decode.PIECES, BITS):
-        if name != "bf16" and head_dim not in (64, 128):
-            continue
-        tiles, (d0, d1) = decode.TILES[arch, head_dim, BITS[name]], decode.PIECES[head_dim]
-        heads = dict.fromkeys(("qkv_ptr", "q_ptr", "cache_ptr", "cos_ptr", "sin_ptr", "out_ptr"), f"*{name}")
-        width = {"HEAD_DIM": head_dim, "PADDED": 1 << (head_dim - 1).bit_length()}
-        split = {"ROWS": decode.QUERY_ROWS, "SPLIT": tiles.rows, "BN": tiles.columns, "D0": d0, "D1": d1}
-        rotary = {"HALF": head_dim // 4, "INTERLEAVED": head_dim == 256, "HEADS": decode.APPEND_HEADS}
-        for kernel, constants, num_warps, num_stages in (
-            ("split_kernel", split, tiles.num_warps, tiles.num_stages),
-            ("merge_kernel", {"SPLIT": tiles.rows} | width, 1, 3),
-            ("append_kernel", rotary | width, 4, 3),
-        ):
-            specimen = Specimen(
-                "kernels.decode", kernel, types | heads, constants, arch, num_warps, num_stages, strides
-            )
-            yield f"{kernel} {head_dim} {name} sm_{arch}", specimen
-
-
-def sampler_specimens():
-    types = dict.fromkeys(("logits_ptr", "largest_ptr", "border_ptr", "logprobs_ptr"), "*fp32")
-    types |= dict.fromkeys(("sums_ptr", "mass_ptr", "prefix_ptr", "noise_ptr", "total_ptr"), "*fp64")
-    types |= {"token_ids_ptr": "*i64", "temperature": "fp32"}
-    numbers = ("stride", "num_ids", "num_rows", "num_blocks", "vocab", "top_k", "first_block", "num_local_blocks")
-    types |= dict.fromkeys(numbers, "i32")
-    for arch in (80, 90):
-        sums, border, draw = (sampler.TILES[name] for name in ("sum", "border", "draw"))
-        search = {"ROWS": border.rows, "IDS": border.columns, "ONE": sampler.ONE, "HALVINGS": sampler.HALVINGS}
-        for kernel, constants, tiles in (
-            ("sum_kernel", {"BLOCK": sampler.BLOCK, "BLOCKS": sums.rows, "HAS_BORDER": True}, sums),
-            ("border_kernel", search | {"HAS_MASS": True}, border),
-            ("draw_kernel", {"BLOCK": sampler.BLOCK, "PADDED": 2048, "ROWS": draw.rows, "HAS_BORDER": True}, draw),
-        ):
-            specimen = Specimen(
-                "kernels.sampler", kernel, types, constants, arch, tiles.num_warps, tiles.num_stages, ("stride",)
-            )
-            yield f"{kernel} sm_{arch}", specimen
-
-
-SPECIMENS = dict([*decode_specimens(), *sampler_specimens()])
-
-
-def chosen(folder):
-    """Names of what a test compiles: all with ALL_KERNELS=1, else of each Triton a part."""
-    if os.environ.get("ALL_KERNELS"):
-        return list(SPECIMENS)
-    parts = ("split_kernel 64 bf16", "draw_kernel") if folder else ("96 bf16", "split_kernel 128 ", "draw", "border")
-    return [name for name in SPECIMENS if any(part in name for part in parts)]
-
-
-@needs_triton
-@pytest.mark.parametrize("folder", ["", os.environ.get("TRITON_36", "?")], ids=["installed", "3.6"])
-def test_kernels_compile(folder):
-    if folder == "?":
-        pytest.skip("needs Triton 3.6 in the folder that TRITON_36 names")
-    names = chosen(folder)
-    version, rows = compile_all([SPECIMENS[name] for name in names], folder or None)
-    expected = json.loads(TABLE.read_text()).get(version, {})
-    for name, row in zip(names, rows, strict=True):
-        assert row["stack"] <= STACK, (name, row)
-        assert row["shared"] <= SHARED[SPECIMENS[name].capability], (name, row)
-        if name.startswith("split_kernel") and " fp32 " not in name:
-            assert row["hmma"] > 0, (name, row)  # 16 rows of queries: fewer than wgmma takes
-        assert row == expected.get(name, row), name
-
-
-if __name__ == "__main__":
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    for folder in (None, *sys.argv[1:]):
-        version, rows = compile_all(list(SPECIMENS.values()), folder)
-        table[version] = dict(zip(SPECIMENS, rows, strict=True))
-    versions = (
-        f' "{version}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in rows.items()) + "\n }"
-        for version, rows in sorted(table.items())
-    )
-    TABLE.write_text("{\n" + ",\n".join(versions) + "\n}\n")

@@ -1,14 +1,8 @@
-"""Kernels of kernels/linear_logprobs.py: interpreted, against float64 formulas; compiled, against a table.
-
-`TRITON_36=FOLDER python -m tests.test_kernels_logprobs` writes the table anew; the folder holds another Triton.
-"""
+"""Kernels of kernels/linear_logprobs.py, interpreted, against float64 formulas."""
 
 import ctypes
-import json
 import mmap
-import os
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -16,11 +10,8 @@ import torch
 
 from kernels import linear_logprobs as file
 from kernels.linear_logprobs import KernelLinearLogprobs, LinearLogprobs, linear_logprobs
-from tests.compiled import Specimen, compile_all
 from tests.interpreter import run_interpreted
 
-TABLE = Path(__file__).parent / "results/compiled_logprobs.json"
-REWRITE = "python -m tests.test_kernels_logprobs writes the table anew"
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 GRADIENT_LIMITS = {F32: 2e-6, F16: 1e-3, BF16: 6e-3}  # norm of the error / norm of what is expected
 FORWARD_LIMIT = 2e-6  # whatever the dtype: products of 16-bit numbers are exact in float32
@@ -363,75 +354,3 @@ def test_workspace_is_bounded(dtype):
         rows = file.chunk_rows(stride, dtype)
         assert 128 <= rows <= 4096
         assert rows * stride * (4 if dtype == F32 else 6) <= 1 << 30
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiled
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def specimens() -> dict[str, Specimen]:
-    found = {}
-    for arch in (80, 90):
-        for dtype in ("bf16", "fp16", "fp32"):
-            tiles = file.TILES[arch]
-            ints = dict.fromkeys(("num_rows", "num_valid", "vocab_start", "width", "stride", "num_slices"), "i32")
-            ints |= dict.fromkeys(("hidden_stride", "weight_stride", "out_stride", "grads_stride"), "i32")
-            types = ints | dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{dtype}") | {"scale": "fp32"}
-            types |= {"ids_ptr": "*i64"} | dict.fromkeys(("parts_ptr", "products_ptr", "largest_ptr"), "*fp32")
-            types |= {"grads_ptr": "*fp32", "out_ptr": "*fp32"}
-            slice_size = file.SLICE_BLOCKS * tiles.columns
-            sizes = {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": file.DEPTH}
-            sizes |= {"SLICE": slice_size, "GROUP": file.GROUP_BLOCKS}
-            rows = {"ROWS": file.ROW_TILES.rows, "COLUMNS": file.ROW_TILES.columns}
-            kernels = {"row_gradient_kernel": (types | {"out_ptr": f"*{dtype}"}, rows, file.ROW_TILES)}
-            if dtype != "fp32":
-                kernels["fused_statistics_kernel"] = types, sizes, tiles
-            if dtype == "bf16":
-                kernels["fused_statistics_kernel without bias"] = types, sizes | {"bias_ptr": None}, tiles
-                kernels["row_statistics_kernel"] = types, rows, file.ROW_TILES
-                kernels["merge_slices_kernel"] = types, {"ROWS": 128}, file.ROW_TILES._replace(num_warps=4)
-            for kernel, (given, constants, shape) in kernels.items():
-                found[f"{kernel} sm_{arch} {dtype}"] = Specimen(
-                    "kernels.linear_logprobs",
-                    kernel.split()[0],
-                    given,
-                    constants,
-                    arch,
-                    shape.num_warps,
-                    shape.num_stages,
-                    ("width", "hidden_stride", "weight_stride", "stride"),
-                )
-    return found
-
-
-@pytest.mark.parametrize("folder", [None, os.environ.get("TRITON_36")], ids=["installed", "TRITON_36"])
-def test_compiled_kernels_match_table(folder, request):
-    if folder is None and "TRITON_36" in request.node.name:
-        pytest.skip("the environment variable TRITON_36 names no folder of another Triton")
-    wanted = specimens()
-    version, rows = compile_all(list(wanted.values()), folder)
-    table = json.loads(TABLE.read_text()).get(version)
-    for (name, specimen), row in zip(wanted.items(), rows, strict=True):
-        assert row["stack"] <= 64, f"{name}: spills {row}"
-        assert row["shared"] <= (227 if specimen.capability == 90 else 163) * 1024, f"{name}: {row}"
-        if specimen.kernel == "fused_statistics_kernel":
-            assert row["hgmma" if specimen.capability == 90 else "hmma"] > 0, f"{name}: no tensor cores: {row}"
-        assert table is None or table.get(name) == row, f"{name}: {row}, not {table.get(name)}; {REWRITE}"
-
-
-def write_table() -> None:
-    table = {}
-    for folder in {None, os.environ.get("TRITON_36")}:
-        version, rows = compile_all(list(specimens().values()), folder)
-        table[version] = dict(zip(specimens(), rows, strict=True))
-    text = {version: {name: json.dumps(row) for name, row in table[version].items()} for version in sorted(table)}
-    lines = [
-        f'"{version}": {{\n' + ",\n".join(f'  "{name}": {row}' for name, row in rows.items()) + "\n}"
-        for version, rows in text.items()
-    ]
-    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-if __name__ == "__main__":
-    write_table()
