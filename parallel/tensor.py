@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.linear_logprobs import linear_logprobs
+from kernels.target_logits import target_logits
 from parallel.collectives import (
     Axis,
     all_gather,
@@ -346,16 +347,11 @@ def vocab_parallel_logprobs(hidden: Tensor, decoder, token_ids: Tensor, temperat
 
 
 def vocab_parallel_target(hidden: Tensor, weight: Tensor, bias: Tensor, token_ids: Tensor, axis: Axis) -> Tensor:
-    """A head's logit of each token alone, by a row of its weight; not differentiable over several ranks.
+    """A head's logit of each token alone, by a row of its weight; no gradient.
 
     Shapes: hidden [tokens, n], weight [padded_vocab / tp, n], bias [padded_vocab / tp], token_ids [tokens] -> [tokens]
     Communication: over tp one all-reduce of [tokens].
     """
-    local_ids = token_ids - axis.rank * len(weight)
-    is_here = (local_ids >= 0) & (local_ids < len(weight))
-    local_ids = local_ids.where(is_here, 0)
-    target = torch.linalg.vecdot(hidden, weight[local_ids]) + bias[local_ids]
-    if axis.size > 1:
-        target = target.where(is_here, 0.0)
-        all_reduce_(target, axis)
+    target = target_logits(hidden, weight, token_ids, bias, axis.rank * len(weight))
+    all_reduce_(target, axis)
     return target

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kernels import attention, decode, linear_logprobs, sampler
+from kernels import attention, decode, linear_logprobs, sampler, target_logits
 from kernels.launch import triton
 from tests.compiled import ROOT, Specimen, compile_all
 
@@ -113,10 +113,24 @@ def logprobs_specimens(arch):
             yield f"{kernel} {name}", Specimen("kernels.linear_logprobs", kernel.split()[0], given, constants, *shape)
 
 
+def target_specimens(arch):
+    file, tiles = target_logits, target_logits.TILES
+    numbers = dict.fromkeys(("hidden_stride", "weight_stride", "num_rows", "width", "vocab_start", "num_local"), "i32")
+    constants, shape = {"ROWS": tiles.rows, "COLUMNS": tiles.columns}, (arch, tiles.num_warps, tiles.num_stages)
+    for name in TYPES:
+        types = numbers | dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), f"*{name}")
+        types |= {"ids_ptr": "*i64", "out_ptr": "*fp32"}
+        divisible = ("hidden_stride", "weight_stride", "width")
+        yield (
+            f"target_logits_kernel {name}",
+            Specimen(file.__name__, "target_logits_kernel", types, constants, *shape, divisible),
+        )
+
+
 SPECIMENS = {
     f"{name} sm_{arch}": specimen
     for arch in (80, 90)
-    for of_file in (attention_specimens, decode_specimens, sampler_specimens, logprobs_specimens)
+    for of_file in (attention_specimens, decode_specimens, sampler_specimens, logprobs_specimens, target_specimens)
     for name, specimen in of_file(arch)
 }
 
@@ -127,7 +141,7 @@ def chosen(folder):
         return list(SPECIMENS)
     parts = ["96 bf16 sm_90", "draw_kernel", "fused_statistics_kernel bf16"]
     if not folder:
-        parts += ["128 bf16 sm_80", "split_kernel 128", "border_kernel", "row_", "merge_slices_kernel"]
+        parts += ["128 bf16 sm_80", "split_kernel 128", "border_kernel", "row_", "merge_slices_kernel", "target_"]
     return [name for name in SPECIMENS if any(part in name for part in parts)]
 
 
