@@ -40,7 +40,7 @@ class Weights:
 
     def drop_ids(self, num_ids: int) -> None:
         """Ids of the shard from num_ids on weigh nothing any more."""
-        self.kept[:, max(num_ids, 0) :] = 0
+        self.kept[:, max(num_ids, 0) :].fill_(0)
 
     def drop_below(self, border: Tensor) -> None:
         """What weighs less than its row's border [n] weighs nothing any more."""

@@ -3,6 +3,9 @@
 With pipeline stages there are as many groups of sequences as stages, and they go round: while one group is at the first
 stage, another is at the second, so that all stages are at work although a sequence's next token needs its last one.
 
+On a GPU that holds the whole model the host does not look at each token: it has several drawn at a time, each by one
+CUDA graph of the whole step, and only then sees which sequences have ended.
+
 The uniform that decides a token depends on (seed, stream, sample, position) alone, so what is sampled depends neither
 on batch order, batch composition and refill order nor on the number of ranks; the logits do only by rounding.
 """
@@ -24,6 +27,7 @@ from parallel.tensor import packed_weights
 
 NUM_SLOTS = 256  # sequences generated at a time
 CACHE_BLOCK = 32  # tokens; the cache's capacity is a multiple
+TOKENS_AHEAD = 16  # of each sequence, before the host looks which ones have ended
 PREFILL_TOKENS = 1 << 14  # padded prompt tokens of one forward
 ROLLOUT, EVALUATION = 0, 1  # streams of sampling noise
 ONE_RANK = Axis("tp", 1, 0)
@@ -158,7 +162,8 @@ class KVCache:
     """Keys and values of the sequences being generated: one slot per sequence, one length per slot.
 
     Its capacity, in tokens, grows by CACHE_BLOCK as the longest sequence needs it: batched products over a whole
-    contiguous tensor are several times as fast on a CPU as over the visible part of a larger one.
+    contiguous tensor are several times as fast on a CPU as over the visible part of a larger one. `generate` reserves
+    all of it at once where it runs ahead.
 
     Args: config: of what this rank computes (`DecoderConfig.shard`). layers: of this rank.
     Shapes: stored[layer] [2 (keys, values), num_slots, num_kv_heads, capacity, head_dim]
@@ -178,9 +183,9 @@ class KVCache:
         self.reserve(num_tokens)
 
     def step(self, lens: Tensor) -> None:
-        """The next forward holds one new token of each of the first len(lens) slots, which have lens tokens cached."""
+        """The next forward holds one new token of each of the first len(lens) slots, which have lens tokens cached and
+        room for one more; lens is -1 for slots that are not in use."""
         self.slots = None
-        self.reserve(int(lens.max()) + 1)
         self.new = Step(lens + 1, self.shape[3])
 
     def reserve(self, num_tokens: int) -> None:
@@ -221,7 +226,7 @@ def lm_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """
     logits = F.linear(hidden, decoder.lm_head_weight, decoder.lm_head_bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits[:, max(decoder.config.vocab_size - decoder.mesh.tp.rank * logits.shape[1], 0) :] = -torch.inf
+    logits[:, max(decoder.config.vocab_size - decoder.mesh.tp.rank * logits.shape[1], 0) :].fill_(-torch.inf)
     return logits
 
 
@@ -240,12 +245,48 @@ class Pass:
         if self.slots is not None:
             cache.prompt(self.slots, self.token_ids.shape[1])
         else:
+            cache.reserve(int(self.lens.max()) + 1)
             cache.step(self.lens)
         x = decoder(x, self.position_ids, torch.zeros_like(self.token_ids), cache, layers)
         if layers.stop < decoder.config.num_layers:
             return x
         last = torch.zeros_like(self.lens) if self.slots is None else self.lens - 1
         return x[torch.arange(len(last), device=last.device), last]
+
+
+class Replay:
+    """A function without arguments and results; on a GPU, from the second call on, one CUDA graph of what it does.
+
+    The first call is made as it is: what is set up only once (compiled kernels, workspaces) is no part of the graph.
+    The function must not wait for the GPU, and every call must read and write the same tensors in the same shapes.
+    """
+
+    def __init__(self, fn: Callable[[], None], device: torch.device):
+        self.fn, self.graph = fn, None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.was_called = False
+
+    def __call__(self) -> None:
+        if self.stream is None:
+            self.fn()
+        elif not self.was_called:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.fn()
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.fn()
+            self.graph.replay()
+        self.was_called = True
+
+
+def runs_ahead(decoder: Decoder) -> bool:
+    """Whether the host may let this rank draw several tokens of a sequence before it looks at them."""
+    mesh = decoder.mesh
+    return mesh.device.type == "cuda" and mesh.pp.size == mesh.tp.size == 1 and decoder.shards is None
 
 
 def stop_at(tokenizer, stop: tuple[str, ...]) -> Callable[[list[list[int]]], list[bool]] | None:
@@ -296,25 +337,25 @@ def generate(
     """
     mesh, config, dtype = decoder.mesh, decoder.config, decoder.dtype
     device, pp = mesh.device, mesh.pp
-    prompt_lens = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long, device=device)  # [batch]
-    limit = prompt_lens + sampling.max_new_tokens
+    # one row more than there are prompts: that of slots that are not in use while the host does not look
+    prompt_lens = torch.tensor([*(len(prompt) for prompt in prompts), 1], dtype=torch.long, device=device)
+    limit = prompt_lens + sampling.max_new_tokens  # [batch + 1], as all that follow
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.max_seq_len - sampling.max_new_tokens:
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens; with {sampling.max_new_tokens} new ones it must fit the context "
                 f"of {config.max_seq_len} and hold at least one token: cut it or lower --sampling.max-new-tokens"
             )
-    max_len = int(limit.max()) if prompts else 1
-    batch = len(prompts)
-    input_ids = torch.zeros(batch, max_len, dtype=torch.long, device=device)
+    max_len, batch = int(limit.max()), len(prompts)
+    input_ids = torch.zeros(batch + 1, max_len, dtype=torch.long, device=device)
     for i, prompt in enumerate(prompts):
         input_ids[i, : len(prompt)] = torch.tensor(prompt, device=device)
-    logprobs = torch.zeros(batch, max_len, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    logprobs = torch.zeros(batch + 1, max_len, device=device, dtype=torch.promote_types(dtype, torch.float32))
     seq_lens = prompt_lens.clone()
-    finished = torch.zeros(batch, dtype=torch.bool, device=device)
-    samples = torch.tensor(sample_ids, dtype=torch.long, device=device)
+    finished = torch.zeros(batch + 1, dtype=torch.bool, device=device)
+    samples = torch.tensor([*sample_ids, 0], dtype=torch.long, device=device)
     new = torch.arange(sampling.max_new_tokens, device=device)
-    noise = uniform(seed, stream, samples[:, None], prompt_lens[:, None] + new)  # [batch, max_new_tokens]
+    noise = uniform(seed, stream, samples[:, None], prompt_lens[:, None] + new)  # [batch + 1, max_new_tokens]
     eos = torch.tensor(eos_ids, dtype=torch.long, device=device)
     kept_mass = torch.zeros((), dtype=torch.float64, device=device)
     num_started = 0
@@ -351,18 +392,37 @@ def generate(
 
     def record(drawn: Tensor, rows: Tensor) -> Tensor:
         """Appends what was drawn; returns which rows go on."""
-        nonlocal kept_mass
         tokens, positions = drawn[0].long(), seq_lens[rows]
         input_ids[rows, positions] = tokens
         logprobs[rows, positions] = drawn[1].to(logprobs.dtype)
         seq_lens[rows] = positions + 1
-        kept_mass += drawn[2].sum()
-        ended = torch.isin(tokens, eos)
+        kept_mass.add_(drawn[2].where(rows < batch, 0.0).sum())
+        ended = (tokens[:, None] == eos).any(1)
         if stop_fn is not None:
             spans = zip(input_ids[rows].tolist(), prompt_lens[rows].tolist(), (positions + 1).tolist(), strict=True)
             ended |= torch.tensor(stop_fn([ids[start - 1 : end] for ids, start, end in spans]), device=device)
         finished[rows] = ended
         return ~ended & (positions + 1 < limit[rows])
+
+    rows_in_slots = torch.full((num_slots,), batch, dtype=torch.long, device=device)
+
+    def step() -> None:
+        """One token more of each sequence in rows_in_slots, from which those that end disappear, unseen by the host."""
+        lens = seq_lens[rows_in_slots] - 1
+        caches[0].step(lens.where(rows_in_slots < batch, -1))
+        token_ids = input_ids[rows_in_slots, lens][:, None]
+        hidden = decoder(token_ids, lens[:, None], torch.zeros_like(token_ids), caches[0])[:, 0]
+        going = record(draw(hidden, rows_in_slots), rows_in_slots)
+        rows_in_slots.copy_(rows_in_slots.where(going, batch))
+        seq_lens[batch:].fill_(1)
+
+    def run_ahead(rows: Tensor) -> Tensor:
+        """TOKENS_AHEAD tokens more of each sequence, or until it ends; returns which rows go on."""
+        rows_in_slots.fill_(batch)
+        rows_in_slots[: len(rows)] = rows
+        for _ in range(min(TOKENS_AHEAD, sampling.max_new_tokens)):
+            replay()
+        return rows_in_slots[: len(rows)] < batch
 
     def close(cache: KVCache, rows: Tensor, going: Tensor) -> Tensor:
         """Moves the last sequences of a group into the slots of those that ended; returns who is left."""
@@ -375,6 +435,10 @@ def generate(
             rows[holes] = rows[movers]
         return rows[:num_going]
 
+    ahead = runs_ahead(decoder) and stop_fn is None  # texts are looked at by the host
+    if ahead:
+        caches[0].reserve(max_len - 1)  # the last token is not stored
+        replay = Replay(step, device)
     passes: list[Pass | None] = [None] * pp.size  # of each group, under way
     num_parts = pp.size * len(decoder.chunks)
     came: Tensor | None = None  # what the stage before has sent
@@ -389,6 +453,9 @@ def generate(
                 break
             mine = (tick - pp.rank) % pp.size
             one = passes[mine]
+            if ahead and one is not None and one.slots is None:
+                groups[0] = close(caches[0], one.rows, run_ahead(one.rows))
+                continue
             states = None
             if one is not None:
                 chunk = decoder.chunks[at[mine] // pp.size]
@@ -413,6 +480,9 @@ def generate(
                     going = torch.cat((torch.ones(len(groups[group]), dtype=torch.bool, device=device), going))
                     groups[group] = torch.cat((groups[group], rows))
                 groups[group] = close(caches[group], groups[group], going)
+    input_ids, prompt_lens, seq_lens, logprobs, finished = (
+        x[:batch] for x in (input_ids, prompt_lens, seq_lens, logprobs, finished)
+    )
     seq_len = int(seq_lens.max()) if batch else 1
     positions = torch.arange(seq_len, device=device)
     response_mask = (positions >= prompt_lens[:, None]) & (positions < seq_lens[:, None])

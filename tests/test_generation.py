@@ -1,8 +1,12 @@
 """Generation: noise, the sampler, the cache, refilled slots, ends of responses."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from parallel import generation
 from parallel.generation import Sampling, generate, mix, sample_tokens, stop_at, uniform
 from parallel.mesh import init_mesh
 from parallel.model import Decoder, DecoderConfig
@@ -129,6 +133,94 @@ def test_same_prompt_drawn_again_gets_other_noise(decoder):
     assert run(decoder, prompts, [3] * 8).response_ids() == [run(decoder, prompts[:1], [3]).response_ids()[0]] * 8
     other_stream = run(decoder, prompts, stream=1).response_ids()
     assert other_stream != run(decoder, prompts).response_ids()
+
+
+AHEAD = [
+    (Sampling(max_new_tokens=12), {}),
+    (Sampling(0.8, top_k=9, top_p=0.7, max_new_tokens=12), {"num_ids": 30}),
+    (Sampling(temperature=0, max_new_tokens=9), {}),
+]
+
+
+@pytest.mark.parametrize("sampling, options", AHEAD, ids=["plain", "truncated", "greedy"])
+def test_running_ahead_gives_the_same_responses(decoder, monkeypatch, sampling, options):
+    """As on a GPU, where the host looks at what was drawn only now and then."""
+    prompts = make_prompts(40)
+    expected = run(decoder, prompts, sampling=sampling, **options)
+    assert len(set(expected.seq_lens.sub(expected.prompt_lens).tolist())) > 3, "ends at different steps"
+    monkeypatch.setattr(generation, "runs_ahead", lambda decoder: True)
+    for num_slots, tokens_ahead in ((40, 16), (7, 5), (3, 1), (1, 16)):
+        monkeypatch.setattr(generation, "TOKENS_AHEAD", tokens_ahead)
+        out = run(decoder, prompts, sampling=sampling, num_slots=num_slots, **options)
+        assert out.response_ids() == expected.response_ids(), (num_slots, tokens_ahead)
+        for field in ("input_ids", "prompt_lens", "seq_lens", "response_mask", "finished"):
+            assert torch.equal(getattr(out, field), getattr(expected, field)), field
+        torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-5, atol=1e-5)
+        assert out.kept_mass == pytest.approx(expected.kept_mass, rel=1e-6)
+    assert run(decoder, []).response_ids() == []
+
+
+class Recorder(TorchDispatchMode):
+    """Names of all operations while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket._qualified_op_name)
+        return func(*args, **(kwargs or {}))
+
+
+# what makes the host wait, gives shapes that depend on values, or copies from the host: no part of a CUDA graph
+HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh", "is_nonzero", "isin"}
+
+
+@pytest.mark.parametrize("sampling, options", AHEAD, ids=["plain", "truncated", "greedy"])
+def test_a_step_ahead_leaves_the_host_out(decoder, monkeypatch, sampling, options):
+    """And all of its calls are the same operations, in one order: what a graph replays."""
+    calls = []
+
+    class Recorded(generation.Replay):
+        def __call__(self):
+            with Recorder() as recorder:
+                super().__call__()
+            calls.append(recorder.names)
+
+    monkeypatch.setattr(generation, "runs_ahead", lambda decoder: True)
+    monkeypatch.setattr(generation, "Replay", Recorded)
+    run(decoder, make_prompts(20), sampling=sampling, num_slots=8, **options)
+    assert len(calls) > 20 and len(calls[0]) > 50
+    assert all(call == calls[0] for call in calls)
+    assert not {name.removeprefix("aten::") for name in calls[0]} & HOST
+    with Recorder() as recorder:
+        torch.zeros(2).nonzero(), torch.zeros(()).item(), torch.tensor(3)
+    assert {"aten::nonzero", "aten::_local_scalar_dense", "aten::lift_fresh"} <= set(recorder.names), "would be seen"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_draws_the_same_tokens_and_leaves_no_memory_behind(monkeypatch):
+    mesh = init_mesh()
+    decoder = Decoder(dataclasses.replace(CONFIG, head_dim=32, rotary_dim=32), mesh, seed=3).to(mesh.device)
+    prompts = make_prompts(40)
+    expected, held = None, []
+    for ahead in (False, True, True, True):
+        monkeypatch.setattr(generation, "runs_ahead", lambda decoder, ahead=ahead: ahead)
+        out = run(decoder, prompts, num_slots=7).response_ids()
+        expected = out if expected is None else expected
+        assert out == expected
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] == held[2] == held[3], held
+
+
+def test_stop_strings_are_looked_at_after_each_token(decoder, monkeypatch):
+    def stop_fn(responses):
+        return [ids[-1] in (7, 11, 30) for ids in responses]
+
+    expected = run(decoder, make_prompts(20), stop_fn=stop_fn).response_ids()
+    monkeypatch.setattr(generation, "runs_ahead", lambda decoder: True)
+    assert run(decoder, make_prompts(20), stop_fn=stop_fn).response_ids() == expected
 
 
 def test_greedy_takes_the_likeliest_token_of_a_full_forward(decoder):

@@ -12,6 +12,7 @@ import torch
 from kernels import decode, sampler
 from kernels.decode import Step, append, decode_attention
 from kernels.launch import Tiles, triton
+from parallel import generation
 from parallel.generation import Sampling, generate, sample_tokens
 from parallel.mesh import init_mesh
 from parallel.model import Decoder, DecoderConfig
@@ -373,7 +374,8 @@ def test_sampler_rejects_what_kernels_do_not_take():
 
 
 def generate_by_both(options):
-    """Responses and log-probabilities of a tiny model, from kernels and from the reference."""
+    """Responses and log-probabilities of a tiny model, from kernels, token by token and running ahead, and from the
+    reference."""
     config = DecoderConfig(
         num_layers=2, hidden_size=24, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=40, vocab_size=100,
         max_seq_len=64, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated=True, init_std=0.5, **options,
@@ -381,8 +383,12 @@ def generate_by_both(options):
     decoder = Decoder(config, init_mesh(), seed=3)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
     found = []
-    for kernels in ("triton", "reference"):
-        with mock.patch.dict(os.environ, KERNELS=kernels), mock.patch.dict(sampler.TILES, WIDE):
+    for kernels, ahead in (("triton", False), ("triton", True), ("reference", False)):
+        with (
+            mock.patch.dict(os.environ, KERNELS=kernels),
+            mock.patch.dict(sampler.TILES, WIDE),
+            mock.patch.object(generation, "runs_ahead", lambda decoder, ahead=ahead: ahead),
+        ):
             ends = {"eos_ids": [0], "num_ids": 99, "num_slots": 3}
             out = generate(decoder, prompts, Sampling(0.8, max_new_tokens=6), sample_ids=[0, 1, 2, 3], seed=1, **ends)
         found.append((out.response_ids(), out.logprobs))
@@ -400,6 +406,7 @@ def generate_by_both(options):
     ids=["windows", "interleaved", "learned positions"],
 )
 def test_generation_by_kernels_gives_the_reference_tokens(options):
-    (ids, logprobs), (expected_ids, expected_logprobs) = run_interpreted(generate_by_both, options)
-    assert ids == expected_ids
-    torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
+    *by_kernels, (expected_ids, expected_logprobs) = run_interpreted(generate_by_both, options)
+    for ids, logprobs in by_kernels:
+        assert ids == expected_ids
+        torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
