@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests import bench_kernels
+from tests import bench_kernels, bench_training
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
@@ -28,3 +28,15 @@ def test_bench_of_kernels_stops_at_its_budget(capsys):
     assert (
         "decode attention, 4/2 x 64, batch 2, context 64 and what follows was not measured" in capsys.readouterr().out
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+def test_bench_of_training_runs_every_stage(tmp_path):
+    rows = bench_training.main(["--out", str(tmp_path / "rows.json")])
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert [row["stage"] for row in rows] == ["generation"] * 2 + ["train, none", "train, full", "ppo"]
+    for row in rows:
+        assert all(x > 0 for name, x in row.items() if name not in ("shape", "stage", "peak_gib")), row
+    ppo = rows[-1]
+    phases = sum(ppo[f"{name}_seconds"] for name in ("rollout", "score", "logprobs", "update"))
+    assert phases == pytest.approx(ppo["iteration_seconds"], rel=0.05)
