@@ -147,9 +147,7 @@ def bench_ppo(folder: Path, timeout: float) -> dict:
     """Mean seconds of each phase of ppo.py behind the first iteration."""
     with tempfile.TemporaryDirectory() as out:
         reward = Path(out) / "reward.py"
-        reward.write_text(
-            "def share(samples):\n    return [s.response.count('1') / len(s.response) for s in samples]\n"
-        )
+        reward.write_text("def share(samples):\n    return [s.response.count('1') / 1000 for s in samples]\n")
         flags = (PPO_FLAGS if ON_GPU else TINY_PPO_FLAGS).split()
         flags += ["--model", folder, "--data", folder / "prompts.jsonl", "--reward", f"{reward}:share"]
         flags += ["--dtype", "bfloat16", "--max-iterations", 3, "--eval-every", 100, "--save-every", 100]
