@@ -422,7 +422,7 @@ def evaluate(policy, target_q_heads, prompts, reward, args, tokenizer, eos):
     """Mean score of `eval_samples` responses at fixed noise, at each of the scales.
 
     Communication: scores and texts are gathered over dp.
-    Returns: metrics, and rows of (scale, prompt, response, score) of all ranks
+    Returns: metrics, and rows of (scale, prompt, response, score), of all samples of all ranks
     """
     mesh, metrics, table = policy.mesh, {}, []
     sample_ids = list(range(args.eval_samples))[mesh.dp.rank :: mesh.dp.size]
@@ -454,7 +454,7 @@ def evaluate(policy, target_q_heads, prompts, reward, args, tokenizer, eos):
             metrics[f"eval_score_scale_{scale:g}_se"] = scores.std(correction=0).item() / math.sqrt(len(scores))
         metrics[f"eval_response_len_scale_{scale:g}"] = sum(row[5] for row in rows) / len(rows)
         metrics[f"eval_finished_scale_{scale:g}"] = sum(row[4] for row in rows) / len(rows)
-        table += [{"scale": scale, "prompt": row[1], "response": row[2], "score": row[3]} for row in rows[:20]]
+        table += [{"scale": scale, "prompt": row[1], "response": row[2], "score": row[3]} for row in rows]
     return metrics, table
 
 
@@ -513,7 +513,7 @@ def main(args: Args) -> None:
     target_q_heads = heads["target_q_heads"]
     roles = {"policy": policy, "q_heads": heads["q_heads"], "value_head": heads["value_head"]}
     model = data_parallel(roles, mesh, args.layout)
-    optimizer = AdamW(model, args.optim.lr, weight_decay=args.optim.weight_decay)
+    optimizer = AdamW(model, args.optim.lr, args.optim.betas, args.optim.eps, args.optim.weight_decay)
 
     # data and reward
     max_len = min(args.max_len or policy.config.max_seq_len, policy.config.max_seq_len)
@@ -564,7 +564,7 @@ def main(args: Args) -> None:
         run.log({"event": "eval", "iteration": state.step, "samples": state.samples, **metrics})
         scores = {name: x for name, x in metrics.items() if name.startswith("eval_score") and not name.endswith("_se")}
         run.note(f"step {state.step}: " + "  ".join(f"{name} {x:.4f}" for name, x in scores.items()))
-        run.samples(table, state.step)
+        run.samples(table, state.step, "scale")
         best = max(scores.values(), default=-math.inf)
         if best > state.best_score and state.step > 0:
             save_decoder(policy, run.folder / "best", mesh, tokenizer, heads)

@@ -428,7 +428,7 @@ def evaluate(policy, prompts, reward, args, tokenizer, eos):
     """Mean score of one greedy response per prompt and of `eval_samples` sampled ones at fixed noise.
 
     Communication: scores and texts are gathered over dp.
-    Returns: metrics, and rows of (prompt, response, score) of all ranks
+    Returns: metrics, and rows of (kind, prompt, response, score), of all samples of all ranks
     """
     mesh, metrics, table = policy.mesh, {}, []
     for kind, temperature, count in (
@@ -463,7 +463,7 @@ def evaluate(policy, prompts, reward, args, tokenizer, eos):
             metrics["eval_score_sampled_se"] = scores.std(correction=0).item() / math.sqrt(count)
             metrics["eval_finished"] = sum(row[4] for row in rows) / count
             metrics["eval_response_len"] = sum(row[5] for row in rows) / count
-        table += [{"kind": kind, "prompt": row[1], "response": row[2], "score": row[3]} for row in rows[:20]]
+        table += [{"kind": kind, "prompt": row[1], "response": row[2], "score": row[3]} for row in rows]
     return metrics, table
 
 
@@ -624,7 +624,8 @@ def main(args: Args) -> None:
     model = data_parallel(roles, mesh, args.layout)
     value_lr = args.value_lr or args.optim.lr
     lr = {"policy": args.optim.lr, "value_model": value_lr, "value_head": value_lr}
-    optimizer = AdamW(model, {role: lr[role] for role in roles if role in lr}, weight_decay=args.optim.weight_decay)
+    lr = {role: lr[role] for role in roles if role in lr}
+    optimizer = AdamW(model, lr, args.optim.betas, args.optim.eps, args.optim.weight_decay)
 
     # data and reward
     max_seq_len = min(model.config.max_seq_len for model in (policy, roles.get("value_model", policy)))
@@ -674,7 +675,7 @@ def main(args: Args) -> None:
         run.log({"event": "eval", "iteration": state.iteration, "samples": state.samples, **metrics})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         run.note(f"iteration {state.iteration}: {shown}")
-        run.samples(table, state.iteration)
+        run.samples(table, state.iteration, "kind")
         score = metrics.get("eval_score_sampled", metrics["eval_score_greedy"])
         if score > state.best_score and state.iteration > 0:
             save_model("best")

@@ -376,7 +376,7 @@ def main(args: Args) -> None:
     check_vocabulary(tokenizer, reward_model.config)
     roles = {"reward_model": reward_model, "reward_head": reward_head}
     model = data_parallel(roles, mesh, args.layout)
-    optimizer = AdamW(model, args.optim.lr, weight_decay=args.optim.weight_decay)
+    optimizer = AdamW(model, args.optim.lr, args.optim.betas, args.optim.eps, args.optim.weight_decay)
 
     # data
     max_seq_len = reward_model.config.max_seq_len

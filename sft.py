@@ -175,7 +175,7 @@ def main(args: Args) -> None:
     policy = load_decoder(folder, mesh, getattr(torch, args.dtype))
     check_vocabulary(tokenizer, policy.config)
     model = data_parallel({"policy": policy}, mesh, args.layout)
-    optimizer = AdamW(model, args.optim.lr, weight_decay=args.optim.weight_decay)
+    optimizer = AdamW(model, args.optim.lr, args.optim.betas, args.optim.eps, args.optim.weight_decay)
     max_len = min(args.max_len or policy.config.max_seq_len, policy.config.max_seq_len)
     train = sft_examples(load_rows(args.data), tokenizer, args.bos, args.eos, max_len)
     held_out = (

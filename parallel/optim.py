@@ -34,6 +34,10 @@ class Optim:
     """optimizer steps over which the learning rate rises from 0"""
     weight_decay: float = 0.0
     """decoupled, of matrices only; times the learning rate per step (Loshchilov and Hutter 2019)"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """decay per step of Adam's means of gradients and of their squares"""
+    eps: float = 1e-8
+    """added to the root of the mean square that a step is divided by (Huang et al. 2024, arXiv 2403.17031: 1e-5)"""
     max_grad_norm: float = 1.0
     """L2 norm over all gradients to which they are scaled down; 0 = no clipping"""
 
@@ -41,6 +45,10 @@ class Optim:
         for name in ("lr", "warmup_steps", "weight_decay", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--optim.{name.replace('_', '-')} {getattr(self, name)} should be a number from 0 on")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--optim.betas {' '.join(map(str, self.betas))} should be two numbers from 0 to below 1")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"--optim.eps {self.eps} should be a number above 0")
 
     def lr_multiplier(self, step: int, total_steps: int) -> float:
         return lr_multiplier(step, self.schedule, self.warmup_steps, total_steps)

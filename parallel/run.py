@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,6 +42,7 @@ HARMLESS |= {f"layout.{field.name}" for field in dataclasses.fields(Layout)} - {
 SILENT = {"output_dir", "resume", "overwrite", "allow_change", "plan", "world_size"}
 WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+SHOWN_SAMPLES = 8  # of those that samples.jsonl gets
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to report an error that all of them have
 PANELS = (  # of curves.png, the first six that a run has: title, key of training rows, keys of evaluation rows
     ("score", "score", r"eval_score_(\w+)(?<!_se)"),
@@ -267,7 +268,7 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if self.attempts is not None:
             self.attempts.set("folder", str(self.folder))  # an attempt after this one goes on here
-        write_atomically(self.folder / "args.json", json.dumps(flat_flags(self.args), indent=2) + "\n")
+        write_atomically(self.folder / "args.json", [json.dumps(flat_flags(self.args), indent=2) + "\n"])
         self.open_tracker()
 
     def compare_flags(self, path: Path) -> None:
@@ -310,14 +311,8 @@ class Run:
             path = self.folder / name
             if not path.exists():
                 continue
-            kept = []
-            for line in path.read_text().splitlines():
-                try:
-                    if json.loads(line)["iteration"] <= step:
-                        kept.append(line + "\n")
-                except ValueError:
-                    continue
-            write_atomically(path, "".join(kept))
+            with open(path) as file:
+                write_atomically(path, (line for line in file if is_kept(line, step)))
 
     def open_tracker(self) -> None:
         """Hands all later rows to --track, too."""
@@ -390,13 +385,19 @@ class Run:
         elif done % self.args.log_every == 0 or done == total:
             say(line)
 
-    def samples(self, rows: list[dict], iteration: int) -> None:
-        """Appends rows (prompt, response, score, ...) to samples.jsonl and prints some of them as a table."""
+    def samples(self, rows: list[dict], iteration: int, kind: str = "") -> None:
+        """Appends rows (prompt, response, score, ...) to samples.jsonl and prints a few of them as a table.
+
+        Args: kind: the column by which rows are of several kinds, the first few of each of which are shown.
+        """
         if not self.mesh.is_logger or not rows:
             return
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps({"iteration": iteration, **finite_or_null(row)}) + "\n" for row in rows)
-        chosen = rows[:: max(1, len(rows) // 8)][:8]
+        kinds: dict = {}
+        for row in rows:
+            kinds.setdefault(row.get(kind), []).append(row)
+        chosen = [row for alike in kinds.values() for row in alike[: max(1, SHOWN_SAMPLES // len(kinds))]]
         for line in format_table(chosen, shutil.get_terminal_size((100, 0)).columns):
             say(line)
 
@@ -486,10 +487,18 @@ def cell(value) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))  # line breaks as \n
 
 
-def write_atomically(path: Path, text: str) -> None:
+def is_kept(line: str, step: int) -> bool:
+    """Whether a line of a run's file is a whole row of an iteration up to `step`."""
+    try:
+        return line.endswith("\n") and json.loads(line)["iteration"] <= step
+    except ValueError:
+        return False
+
+
+def write_atomically(path: Path, lines: Iterable[str]) -> None:
     temporary = path.with_name(f"tmp-{path.name}")
     with open(temporary, "w") as file:
-        file.write(text)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -61,7 +61,8 @@ def main():
             flush=True,
         )
         if seed == 1:
-            for sample in [s for s in samples if s["iteration"] and s["scale"] in (0, 32)][:40:10]:
+            last = [[s for s in samples if s["iteration"] and s["scale"] == scale] for scale in (0, 32)]
+            for sample in [*last[0][:20:10], *last[1][:20:10]]:
                 print(f"    scale {sample['scale']:g}: {sample['prompt']} >> {sample['response']}")
 
 

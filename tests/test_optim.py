@@ -1,10 +1,14 @@
 """AdamW against torch's and against plain float32 loops, norms against float64, skipped steps, exact continuation."""
 
+import importlib
+import inspect
 import math
+import re
 import warnings
 
 import pytest
 import torch
+import tyro
 from torch import nn
 
 from parallel.collectives import RankError
@@ -14,6 +18,7 @@ from parallel.optim import AdamW, Optim, clip_grad_norm, lr_multiplier, sum_of_s
 from parallel.pipeline import forward_backward
 from parallel.training_state import load_training_state, save_training_state
 from tests.ranks import run_ranks
+from tests.scripts import make_tiny_model
 from tests.states import assert_equal_states, full_state, read_state
 
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -38,23 +43,24 @@ def set_gradients(model, step, scale=1.0):
     return gradients
 
 
-def torch_adamw(parameters, lr, weight_decay):
+def torch_adamw(parameters, lr, weight_decay, betas=BETAS, eps=EPS):
     """torch's own, in groups: learning rate by role, decay of matrices only."""
     groups = [
         {"params": [p], "lr": lr[name.split(".")[0]], "weight_decay": weight_decay if p.dim() >= 2 else 0.0}
         for name, p in parameters.items()
     ]
-    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS)
+    return torch.optim.AdamW(groups, betas=betas, eps=eps)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 1e-6), (torch.float64, 1e-13)], ids=["float32", "float64"])
-def test_adamw_matches_torch(dtype, bar, weight_decay):
+@pytest.mark.parametrize(("betas", "eps"), [(BETAS, EPS), ((0.5, 0.99), 1e-2)], ids=["defaults", "others"])
+def test_adamw_matches_torch(dtype, bar, weight_decay, betas, eps):
     model = make_model(dtype)
     lr = {"policy": 1e-2, "value_head": 3e-2}
     expected = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
-    oracle = torch_adamw(expected, lr, weight_decay)
-    optimizer = AdamW(model, lr, BETAS, EPS, weight_decay)
+    oracle = torch_adamw(expected, lr, weight_decay, betas, eps)
+    optimizer = AdamW(model, lr, betas, eps, weight_decay)
     for step in range(20):
         gradients = set_gradients(model, step)
         for (name, p), group in zip(expected.items(), oracle.param_groups, strict=True):
@@ -65,6 +71,42 @@ def test_adamw_matches_torch(dtype, bar, weight_decay):
         assert optimizer.step(lr_multiplier(step, "cosine", 3, 20))
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected[name].detach(), rtol=bar, atol=bar, msg=lambda m, n=name: n + m)
+
+
+class Made(Exception):
+    """Ends a script where it makes its optimizer."""
+
+
+@pytest.mark.parametrize("name", ["ppo", "ilql", "sft", "reward_model"])
+def test_flags_of_adam_reach_every_script(name, tmp_path, monkeypatch):
+    module = importlib.import_module(name)
+
+    def stop(*args, **kwargs):
+        raise Made(inspect.signature(AdamW).bind(*args, **kwargs).arguments)
+
+    monkeypatch.setattr(module, "AdamW", stop)
+    monkeypatch.chdir(tmp_path)
+    flags = "--optim.betas 0.5 0.7 --optim.eps 1e-2 --optim.weight-decay 0.1".split()
+    with pytest.raises(Made) as caught:
+        module.main(tyro.cli(module.Args, args=["--model", str(make_tiny_model(tmp_path / "tiny")), *flags]))
+    [made] = caught.value.args
+    assert (made["betas"], made["eps"], made["weight_decay"]) == ((0.5, 0.7), 1e-2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"betas": (0.9, 1.0)}, "--optim.betas 0.9 1.0 should be two numbers from 0 to below 1"),
+        ({"betas": (-0.1, 0.9)}, "--optim.betas -0.1 0.9 should be two numbers"),
+        ({"betas": (0.9, math.nan)}, "--optim.betas 0.9 nan should be two numbers"),
+        ({"eps": 0.0}, "--optim.eps 0.0 should be a number above 0"),
+        ({"eps": math.inf}, "--optim.eps inf should be a number above 0"),
+        ({"lr": -1.0}, "--optim.lr -1.0 should be a number from 0 on"),
+    ],
+)
+def test_optim_rejects(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Optim(**flags)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, 0])

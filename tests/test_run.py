@@ -282,7 +282,7 @@ def test_progress_on_a_terminal_is_one_line_that_others_do_not_run_into(tmp_path
 def test_samples_are_kept_whole_and_shown_cut(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     run = Run("count", Args(output_dir=str(tmp_path / "run")), init_mesh())
-    samples = [{"prompt": f"say {i}", "response": 'a "b"\né ' + "word " * i, "score": i / 4} for i in range(32)]
+    samples = [{"prompt": f"say {i}", "response": 'a "b"\né ' + "word " * 4 * i, "score": i / 4} for i in range(2000)]
     run.samples(samples, iteration=7)
     kept = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert kept == [{"iteration": 7, **row} for row in samples]
@@ -290,7 +290,17 @@ def test_samples_are_kept_whole_and_shown_cut(tmp_path, monkeypatch, capsys):
     assert len(lines) == 9 and max(map(len, lines)) <= 60
     assert lines[0].split() == ["prompt", "response", "score"]
     assert lines[1].startswith('  say 0   a "b"\\né ') and lines[1].endswith("0.000")
-    assert " ... " in lines[8] and lines[8].endswith("7.000")
+    assert " ... " in lines[8] and lines[8].endswith("1.750")
+
+
+def test_samples_of_every_kind_are_shown(tmp_path, capsys):
+    run = Run("count", Args(output_dir=str(tmp_path / "run")), init_mesh())
+    counts = {"greedy": 2, "sampled": 90, "other": 9}
+    samples = [{"kind": kind, "prompt": f"{kind} {i}"} for kind, count in counts.items() for i in range(count)]
+    run.samples(samples, 3, "kind")
+    shown = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown == ["greedy 0", "greedy 1", "sampled 0", "sampled 1", "other 0", "other 1"]
+    assert len((tmp_path / "run/samples.jsonl").read_text().splitlines()) == 101
 
 
 def test_table_of_narrow_values_is_not_cut():

@@ -90,8 +90,13 @@ def test_run_folder_holds_what_the_design_says(default_runs):
     assert tokenizer.decode(out[0]).startswith("t") and "a" in tokenizer.decode(out[0])
     heads = load_file(run_folder / "model/heads.safetensors")
     assert heads["value_head.weight"].shape == (1, 144)
-    sample = json.loads((run_folder / "samples.jsonl").read_text().splitlines()[0])
-    assert {"prompt", "response", "score", "iteration"} <= set(sample)
+    samples = [json.loads(line) for line in (run_folder / "samples.jsonl").read_text().splitlines()]
+    assert all(set(sample) == {"iteration", "kind", "prompt", "response", "score"} for sample in samples)
+    for row in read_rows(run_folder, "eval"):  # every sample of every evaluation is kept: its mean comes out
+        for kind, count in (("greedy", 20), ("sampled", 2000)):
+            of_kind = [(s["iteration"], s["kind"]) == (row["iteration"], kind) for s in samples]
+            scores = [s["score"] for s, mine in zip(samples, of_kind, strict=True) if mine]
+            assert len(scores) == count and sum(scores) / count == pytest.approx(row[f"eval_score_{kind}"])
 
 
 def test_sft_learns_the_walks(tmp_path):
