@@ -34,7 +34,10 @@ def load_tokenizer(path_or_id: str | Path):
 
     reject_missing_folder(str(path_or_id))
     try:
-        return AutoTokenizer.from_pretrained(path_or_id)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_id)
+        if not set(tokenizer.get_vocab()).difference(tokenizer.all_special_tokens):  # what some are without any file
+            raise ValueError("it has no vocabulary")
+        return tokenizer
     except Exception as error:
         where = "folder" if Path(path_or_id).is_dir() else "folder or hub id"
         reason = str(error).strip().partition("\n")[0]

@@ -1,7 +1,7 @@
 """What a run shows and keeps, alike for every script: flags, folder, metrics, samples, curves, errors, signals.
 
 A run folder holds args.json, metrics.jsonl (one object per iteration), samples.jsonl, curves.png, checkpoints/, best/
-and model/. Rank 0 alone writes and prints.
+and model/; that of an evaluation results.json. Rank 0 alone writes and prints.
 """
 
 import contextlib
@@ -40,7 +40,17 @@ HARMLESS = {"eval_every", "save_every", "log_every", "track", "microbatch_size",
 HARMLESS |= {f"layout.{field.name}" for field in dataclasses.fields(Layout)} - {"layout.reduce_dtype"}
 # flags that say how to start, not what to run
 SILENT = {"output_dir", "resume", "overwrite", "allow_change", "plan", "world_size"}
-WRITTEN = ("args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints", "best", "model", "tensorboard")
+WRITTEN = (
+    "args.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "results.json",
+    "curves.png",
+    "checkpoints",
+    "best",
+    "model",
+    "tensorboard",
+)
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 SHOWN_SAMPLES = 8  # of those that samples.jsonl gets
 SILENCE = 3.0  # seconds that other ranks leave rank 0 to report an error that all of them have
@@ -419,6 +429,7 @@ class Run:
             ("model", "the trained model"),
             ("best", "the best model by evaluation"),
             ("metrics.jsonl", "metrics"),
+            ("results.json", "results"),
             ("curves.png", "learning curves"),
             ("samples.jsonl", "samples"),
         ):

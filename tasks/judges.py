@@ -1,0 +1,103 @@
+"""Judges: rewards that only evaluate, and functions that see two answers. Whether training has used one of them."""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from parallel.files import hash_file, read_json
+from parallel.rows import describe_error, is_object_spec, warn
+from tasks.rewards import Sample, check_scores, score_together
+
+# --- what training used ---------------------------------------------------------------------------------------------
+
+
+def training_rewards(spec: str) -> Iterator[tuple[str, str]]:
+    """(run folder, reward) of the run that a model or a file of answers comes from, of the run that began with, ..."""
+    path, seen = Path(spec).expanduser().resolve(), set()
+    while path.exists() and path not in seen and (path.parent / "args.json").exists():
+        seen.add(path)
+        folder = path.parent
+        flags = read_json(folder / "args.json")
+        for name in ("reward", "value_model"):
+            if flags.get(name) not in (None, "", "head", "copy"):
+                yield str(folder), locate(flags[name], folder)
+        path = Path(locate(flags.get("model") or "", folder)).resolve()
+
+
+def locate(spec: str, folder: Path) -> str:
+    """A path of a run's flags as it is found from here, or from a folder that the run's own lies in."""
+    places = [Path(), *folder.parents] if spec and not is_object_spec(spec) and "://" not in spec else []
+    return next((str(place / spec) for place in places if (place / spec).exists()), spec)
+
+
+def is_same_judge(a: str, b: str) -> bool:
+    """Whether two specs name one function, one address, or folders that are one or hold the same weights."""
+    if identify(a) == identify(b):
+        return True
+    files = [sorted(Path(folder).glob("*.safetensors")) for folder in (a, b)]
+    sizes = [[path.stat().st_size for path in paths] for paths in files]
+    return sizes[0] == sizes[1] != [] and [*map(hash_file, files[0])] == [*map(hash_file, files[1])]
+
+
+def identify(spec: str) -> str:
+    """A spec, with its file, module or folder as a full path."""
+    if not is_object_spec(spec):
+        return spec if "://" in spec else str(Path(spec).expanduser().resolve())
+    place, _, name = spec.rpartition(":")
+    if not place.endswith(".py"):
+        try:
+            found = find_spec(place)
+        except ImportError:
+            found = None
+        place = found.origin if found and found.origin else place
+    return f"{Path(place).expanduser().resolve()}:{name}"
+
+
+def refuse_training_judge(judge: str, specs: list[str]) -> None:
+    """Raises ValueError if the judge is the reward of a run that one of the models or files of answers comes from."""
+    for spec in specs:
+        for folder, reward in training_rewards(spec):
+            if is_same_judge(judge, reward):
+                raise ValueError(
+                    f"--judge {judge} is the reward of the run {folder}, from which {spec} comes: it would say how "
+                    "well training has pleased it. Train another one by reward_model.py, on other pairs or at least "
+                    "with another --seed, or give --allow-training-judge"
+                )
+            if not (is_object_spec(reward) or "://" in reward or Path(reward).exists()):
+                warn(
+                    f"the reward {reward} of the run {folder} is not here: whether --judge {judge} is it cannot be told"
+                )
+
+
+# --- what they say --------------------------------------------------------------------------------------------------
+
+
+def score_new(judge, samples: dict[tuple, Sample], known: dict[tuple, float], mesh, timeout: float) -> None:
+    """Adds the scores of samples whose keys are not known yet; called by all ranks.
+
+    Equal answers then tie, whatever a reward model's rounding does in different batches, and none is judged twice.
+    """
+    new = {key: sample for key, sample in samples.items() if key not in known}
+    scores = score_together(judge, list(new.values()), mesh, timeout)
+    known |= {key: sum(x) if isinstance(x, list) else x for key, x in zip(new, scores, strict=True)}
+
+
+def judge_both_orders(judge: Callable, spec: str, pairs: list[tuple[Sample, Sample]]) -> list[tuple[float, float]]:
+    """p(y, z) and p(z, y) of each pair (y, z), by one call of judge(first, second) -> how much better each first is.
+
+    Raises: ValueError naming the judge unless it gives as many numbers in [0, 1].
+    """
+    first, second = [y for y, _ in pairs], [z for _, z in pairs]
+    try:
+        values = judge([*first, *second], [*second, *first])
+    except (Exception, SystemExit) as error:
+        code = getattr(judge, "__code__", None)
+        reason = describe_error(error, code.co_filename if code else "")
+        raise ValueError(f"--pairwise-judge {spec} raised {reason}, on {len(pairs)} pairs in both orders") from error
+    values = check_scores(values, [*first, *second], spec)
+    for value in values:
+        if isinstance(value, list) or not 0 <= value <= 1:
+            raise ValueError(
+                f"--pairwise-judge {spec} gave {value}: it should give 1 (first better) to 0 (second better)"
+            )
+    return list(zip(values[: len(pairs)], values[len(pairs) :], strict=True))
