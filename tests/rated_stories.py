@@ -1,15 +1,23 @@
-"""Real stories as offline data: each continuation rated by `happy_stories.happiness`."""
+"""Real stories as data: continuations rated by `happy_stories.happiness`, and pairs of a model's own answers.
+
+    python -m tests.rated_stories runs/evaluate/samples.jsonl pairs.jsonl
+
+makes preferences of what evaluate.py has sampled and scored, several answers to each prompt: of two whose lengths
+differ by at most a tenth the one with the higher score is preferred.
+"""
 
 import gzip
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 from tests.happy_stories import happiness
 
 STORIES = Path(os.environ.get("RLHF_DATA", "nowhere"), "text/tinystories")
+OPENINGS = 1600  # that a model answers for the sake of preferences
 
 
 def rated(file="train.jsonl.gz"):
@@ -38,3 +46,37 @@ def prompts():
 def training_prompts():
     """First sentences of the stories that are trained on."""
     return [{"prompt": row["prompt"]} for row in rated()]
+
+
+def openings():
+    """Some of those, each once, to be answered for the sake of preferences."""
+    return [{"prompt": prompt} for prompt in dict.fromkeys(row["prompt"] for row in rated())][:OPENINGS]
+
+
+def prefer(samples):
+    """Pairs of answers to one prompt, each answer in one pair at most, those with the clearest difference first."""
+    answers = {}
+    for sample in samples:
+        if sample["finished"] and sample["response"].strip():
+            answers.setdefault(sample["prompt"], []).append(sample)
+    rows = []
+    for prompt, group in answers.items():
+        candidates = [
+            (a["score"] - b["score"], i, j)
+            for i, a in enumerate(group)
+            for j, b in enumerate(group)
+            if a["score"] > b["score"] and abs(a["response_len"] - b["response_len"]) <= 0.1 * b["response_len"]
+        ]
+        used = set()
+        for _, i, j in sorted(candidates, reverse=True):
+            if not used & {i, j}:
+                used |= {i, j}
+                rows.append({"prompt": prompt, "chosen": group[i]["response"], "rejected": group[j]["response"]})
+    return rows
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    pairs = prefer([json.loads(line) for line in source.read_text().splitlines()])
+    target.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    print(f"{target}  {len(pairs):,} pairs")

@@ -99,6 +99,19 @@ def call_main(name, flags, cwd):
                 module.main(tyro.cli(module.Args, args=flags))
 
 
+def read_commands(text, *headings):
+    """The commands of a Markdown text's code blocks, continued lines joined; of what stands under headings."""
+    for heading in headings:
+        begin = re.search(rf"^(#+) {re.escape(heading)}$", text, re.MULTILINE)
+        text = text[begin.end() :]
+        end = re.search(rf"^#{{1,{len(begin[1])}}} ", text, re.MULTILINE)
+        text = text[: end.start()] if end else text
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ").splitlines()
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if re.match(r"(srun )?(torchrun|python) ", part)]
+
+
 def read_rows(folder, event="train"):
     """The rows of a run's metrics.jsonl of one kind."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]

@@ -8,22 +8,13 @@ import pytest
 import tyro
 
 from parallel.run import flat_flags
-from tests.scripts import ROOT, make_tiny_model, run
+from tests.scripts import ROOT, make_tiny_model, read_commands, run
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 
 
-def commands():
-    """The commands of code blocks, continued lines joined."""
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    lines = "\n".join(text for language, text in blocks if not language).replace("\\\n", " ").splitlines()
-    return [
-        part.strip() for line in lines for part in line.split("&&") if re.match(r"\s*(srun )?(torchrun|python) ", part)
-    ]
-
-
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", read_commands(README))
 def test_commands_parse(command):
     words = shlex.split(command, comments=True)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
@@ -35,7 +26,7 @@ def test_commands_parse(command):
 
 def test_the_layout_of_eight_ranks_runs(tmp_path):
     """The command as it stands there, on a smaller model and for one iteration."""
-    [command] = [command for command in commands() if "--nproc-per-node 8 ppo.py" in command]
+    [command] = [command for command in read_commands(README) if "--nproc-per-node 8 ppo.py" in command]
     words = shlex.split(command)
     script = words.index("ppo.py")
     assert words[1:script] == ["--nproc-per-node", "8"]
@@ -49,7 +40,7 @@ def test_the_layout_of_eight_ranks_runs(tmp_path):
 
 
 def test_every_script_is_shown():
-    assert {word for command in commands() for word in command.split() if word.endswith(".py")} >= {
+    assert {word for command in read_commands(README) for word in command.split() if word.endswith(".py")} >= {
         f"{name}.py" for name in SCRIPTS
     }
 
