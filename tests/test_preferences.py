@@ -1,23 +1,37 @@
 """The preference tasks: files made of published and own rows, and the chains that tasks/README.md documents."""
 
+import contextlib
+import gzip
+import importlib
+import io
 import itertools
 import json
 import os
+import re
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import tyro
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import ilql
 import reward_model
+from parallel.checkpoint import save_decoder
 from parallel.data import load_tokenizer, prompt_rows, sft_examples
-from parallel.rows import Row, load_rows
+from parallel.families import config_from_hf
+from parallel.mesh import init_mesh
+from parallel.model import Decoder
+from parallel.rows import Row, load_object, load_rows
 from parallel.run import launch
-from tasks.preferences import HH, TLDR, Command, Pairs, Summaries, Unusable, main, prepare
+from tasks.preferences import FILES, HH, TLDR, Command, Pairs, Summaries, Unusable, main, prepare
+from tests.scripts import ROOT, read_commands, read_rows, run_on_ranks
 
+CHAINS = (ROOT / "tasks/README.md").read_text()
 DATA = Path(os.environ.get("RLHF_DATA", "nowhere"))
 BEGINNING = "\n\nHuman: How do I boil egg {}?\n\nAssistant: In water.\n\nHuman: How long?\n\nAssistant:"
 
@@ -431,3 +445,152 @@ def test_folder_appears_whole(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="holds notes.txt, which is not of this command"):
         main(replace(args, overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hh", "rows.jsonl"]
+
+
+# --- the documented chains -------------------------------------------------------------------------------------------
+
+LAPTOP, SIZES = "On a laptop", ("1B", "2.8B", "6.9B")
+TASKS = {"HH: helpful and harmless": "hh", "TL;DR: summaries of Reddit posts": "tldr"}
+SECTIONS = [(task, part) for task in TASKS for part in (LAPTOP, *(f"Pythia {size} on 8 GPUs" for size in SIZES))]
+SECTIONS += [("Happy stories",)]
+
+
+def split_command(line):
+    """(script or module, flags) of a command."""
+    words = shlex.split(line)
+    place = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith(("tasks.", "tests.")))
+    return words[place], words[place + 1 :]
+
+
+def parse(name, flags):
+    """The arguments of a command, as its script reads them."""
+    if name.startswith("tests."):
+        return None
+    module = importlib.import_module(name.removesuffix(".py"))
+    return tyro.cli(Command if name == "tasks.preferences" else module.Args, args=flags)
+
+
+@pytest.mark.parametrize("headings", SECTIONS, ids=" / ".join)
+def test_chains_parse_and_read_what_they_have_made(headings):
+    """Each file of a chain, and each model, is that of an earlier command."""
+    lines = read_commands(CHAINS, *headings)
+    if "8 GPUs" in headings[-1] and headings[0].startswith("TL;DR"):
+        lines = read_commands(CHAINS, headings[0])[:1] + lines
+    made = set()
+    scripts = []
+    for line in lines:
+        name, flags = split_command(line)
+        args = parse(name, flags)
+        scripts.append(name)
+        if name == "tests.rated_stories":
+            assert flags[0] in made and importlib.util.find_spec(name)
+            made.add(flags[1])
+            continue
+        for word in flags:
+            if word.startswith(("data/", "runs/")) and word != args.output_dir:
+                assert word in made, (name, word)
+            if ":" in word and word.startswith("tests/"):
+                assert callable(load_object(str(ROOT / word)))
+        names = FILES if name == "tasks.preferences" else {"model", "best", "samples.jsonl"}
+        made |= {f"{args.output_dir}/{name}" for name in names}
+    scripts = [name for name in scripts if not name.startswith("tests.")]
+    assert set(scripts) == {"tasks.preferences", *(path.name for path in ROOT.glob("*.py"))}
+
+
+def print_plan(task, size, name, flags, folder):
+    """What --plan prints of a documented command; the models of earlier ones are configs of the same size."""
+    config = ROOT / f"tests/configs/pythia-{size.lower()}/config.json"
+    for word in flags:
+        if re.fullmatch(r"runs/.*/model", word):
+            (folder / word).mkdir(parents=True, exist_ok=True)
+            shutil.copy(config, folder / word)
+    flags = [str(config.parent) if word.startswith("EleutherAI/") else word for word in flags]
+    longest = {"hh": 896 if size == "1B" else 384, "tldr": 512}[task]
+    flags += ["--plan", "80", "--world-size", "8", *(["--prompt-tokens", str(longest)] if name == "ppo.py" else [])]
+    out = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(out):
+        importlib.import_module(name.removesuffix(".py")).main(parse(name, flags))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("heading", TASKS)
+def test_large_chains_have_the_layouts_that_the_plan_recommends(heading, size, tmp_path):
+    planned = set()
+    for line in read_commands(CHAINS, heading, f"Pythia {size} on 8 GPUs"):
+        name, flags = split_command(line)
+        if name not in ("sft.py", "reward_model.py", "ppo.py", "ilql.py") or name in planned:
+            continue
+        assert "--nproc-per-node 8" in line and "--dtype bfloat16" in line
+        planned.add(name)
+        out = print_plan(TASKS[heading], size, name, flags, tmp_path)
+        recommended = re.search(r"^recommended: (.*?), ", out, re.MULTILINE)
+        given = re.match(r"(.*) on 8 ranks", out)
+        assert recommended and given and recommended[1] == given[1], (line, out)
+    assert len(planned) == 4
+
+
+def make_model(folder):
+    """A small decoder with one token per byte."""
+    hf_config = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 257}
+    hf_config |= {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    hf_config |= {"max_position_embeddings": 512, "hidden_act": "gelu", "eos_token_id": 256, "bos_token_id": None}
+    mesh = init_mesh()
+    decoder = Decoder(config_from_hf(hf_config, str(folder))[0], mesh, seed=1)
+    decoder.hf_config = hf_config
+    save_decoder(decoder, folder, mesh, byte_tokenizer(folder / "tokenizer"))
+    return str(folder)
+
+
+@pytest.mark.parametrize("heading", TASKS)
+def test_laptop_chain(heading, tmp_path, monkeypatch, capsys):
+    """Every command as documented, on rows of our own, with a small model and few steps, up to the win-rates."""
+    model = make_model(tmp_path / "model")
+    monkeypatch.setenv("RLHF_DATA", str(tmp_path / "real"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real/models").mkdir(parents=True)
+    shutil.copytree(model, tmp_path / "real/models/stories260k")
+    folder = tmp_path / "real/preferences/hh_harmless"
+    folder.mkdir(parents=True)
+    for part in ("train", "test"):
+        with gzip.open(folder / f"{part}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in transcripts(60 if part == "train" else 12))
+    published = {
+        "vwxyzjn/summarize_from_feedback_tldr_3_filtered": write(tmp_path / "d.jsonl", map(post_row, range(60))),
+        "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144": write(
+            tmp_path / "c.jsonl", [comparison(i, i % 2, (" Sat.", " Sat!")[:: 1 if i % 2 else -1]) for i in range(60)]
+        ),
+        "EleutherAI/pythia-14m": model,
+    }
+    sizes = {
+        "sft.py": "--max-steps 20 --eval-every 20 --save-every 20 --batch-size 8 --optim.lr 1e-2",
+        "reward_model.py": "--max-steps 30 --eval-every 30 --save-every 30 --batch-size 8 --optim.lr 1e-2",
+        "ppo.py": "--max-iterations 1 --eval-every 1 --save-every 1 --batch-size 8 --minibatch-size 8 --eval-samples 4",
+        "ilql.py": "--max-steps 2 --eval-every 2 --save-every 2 --batch-size 8 --eval-samples 4 --advantage-scales 0 4",
+        "evaluate.py": "--num-prompts 4 --samples-per-prompt 1",
+    }
+    for line in read_commands(CHAINS, heading, LAPTOP):
+        name, flags = split_command(os.path.expandvars(line))
+        flags = [published.get(word.removesuffix(":validation"), word) for word in flags]
+        if name == "tasks.preferences":
+            assert command(capsys, *flags)[0] == 0
+            continue
+        flags += sizes[name].split()
+        if "--sampling.max-new-tokens" in flags:
+            flags += ["--sampling.max-new-tokens", "8"]
+        if "ilql-answers" in flags[flags.index("--output-dir") + 1]:
+            flags += ["--max-steps", "0", "--advantage-scales", "4", "--eval-samples", "8"]
+        run_on_ranks(name, *flags, cwd=tmp_path, ranks=2)
+    [runs], [files] = ((tmp_path / name).iterdir() for name in ("runs", "data"))
+    losses = [row["eval_loss"] for row in read_rows(runs / "sft", "eval")]
+    assert losses[-1] < 0.6 * losses[0], losses
+    for judge in ("reward", "judge"):
+        assert read_rows(runs / judge, "eval")[-1]["eval_accuracy"] > 0.9
+    assert read_rows(runs / "ppo")[-1]["kl"] is not None
+    for name in ("ppo", "ilql"):
+        results = json.loads((runs / f"evaluate-{name}/results.json").read_text())
+        [setting] = results["settings"]
+        samples = read(runs / f"evaluate-{name}/samples.jsonl")
+        wins = [(x["score"] > x["other_score"]) + (x["score"] == x["other_score"]) / 2 for x in samples]
+        assert results["num_prompts"] == len(wins) == 4 and setting["win_rate"] == sum(wins) / 4
+        assert {x["prompt"] for x in samples} <= {x["prompt"] for x in read(files / "prompts_eval.jsonl")}
