@@ -18,8 +18,10 @@ import pytest
 TIMEOUT = 60.0  # seconds for one call, unless the test gives another
 GRACE = 1.0  # seconds that the other ranks have to report once one has failed
 
+LOADED = ["torch", "torch._dynamo", "torch.distributed", "parallel.pipeline", "parallel.optim", "parallel.run"]
+LOADED += ["transformers.models.auto.tokenization_auto", "matplotlib.figure"]
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "parallel.pipeline", "parallel.optim"])
+context.set_forkserver_preload(LOADED)  # every process begins with these, instead of importing them
 
 _pools: dict[int, "Pool"] = {}
 

@@ -3,11 +3,15 @@
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
+import pkgutil
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -19,9 +23,10 @@ from parallel.families import config_from_hf
 from parallel.mesh import init_mesh
 from parallel.model import Decoder
 from tasks.random_walks import make_tokenizer
-from tests.ranks import run_ranks
+from tests.ranks import context, run_ranks
 
 ROOT = Path(__file__).parents[1]
+TIMEOUT = 600  # seconds after which a script hangs
 TINY_GPT2 = {
     "model_type": "gpt2",
     "architectures": ["GPT2LMHeadModel"],
@@ -67,36 +72,79 @@ def command(script, *flags, ranks=1, restarts=0):
     return [*launcher, str(script), *map(str, flags)]
 
 
+def environment(extra=None):
+    return {**os.environ, **(extra or {}), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+
+
 def start(script, *flags, cwd, ranks=1, restarts=0, env=None, **options):
     """Starts a script in a folder of its own, the repository on its path, one thread per process."""
-    env = {**os.environ, **(env or {}), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    script = ROOT / script if not Path(script).is_absolute() else script
-    line = command(script, *flags, ranks=ranks, restarts=restarts)
-    return subprocess.Popen(line, cwd=cwd, env=env, **{**pipes, **options})
+    line = command(ROOT / script, *flags, ranks=ranks, restarts=restarts)
+    return subprocess.Popen(line, cwd=cwd, env=environment(env), **{**pipes, **options})
 
 
-def run(script, *flags, cwd, ranks=1, timeout=150):
-    """(exit status, standard output, standard error) of a script."""
-    process = start(script, *flags, cwd=cwd, ranks=ranks)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
+def run(script, *flags, cwd, ranks=1, fresh=False, signal_at=None):
+    """(exit status, standard output, standard error) of a script.
+
+    Args: fresh: as a user starts it; else one process is forked with torch in it, which saves seconds of imports.
+        signal_at: (function, count, signal): a forked script gets the signal when it calls the function, given as
+        "module.name", for the count-th time
+    """
+    if fresh or ranks > 1:
+        process = start(script, *flags, cwd=cwd, ranks=ranks)
+        try:
+            out, err = process.communicate(timeout=TIMEOUT)
+        finally:
+            process.kill()
+        return process.returncode, out, err
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("out", "err")]
+        args = ([str(x) for x in (ROOT / script, *flags)], cwd, environment(), outputs, signal_at)
+        process = context.Process(target=run_as_main, args=args, daemon=True)
+        process.start()
+        process.join(TIMEOUT)
         process.kill()
-    return process.returncode, out, err
+        process.join()
+        return process.exitcode, *(path.read_text() for path in outputs)
+
+
+def run_as_main(argv, cwd, env, outputs, signal_at):
+    """What `python SCRIPT FLAGS` does, in a process that is there."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv[:] = argv
+    sys.path.insert(0, str(Path(argv[0]).parent))
+    torch.set_num_threads(1)
+    if signal_at is not None:
+        name, count, number = signal_at
+        function, calls = pkgutil.resolve_name(name), itertools.count(1)
+
+        def called(*args, **options):
+            if next(calls) == count:
+                os.kill(os.getpid(), number)
+            return function(*args, **options)
+
+        mock.patch(name, called).start()
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def run_on_ranks(script, *flags, cwd, ranks=1):
-    """Runs a script's main on ranks that are there already, which takes no start-up; fails the test if it raises."""
-    run_ranks(ranks, call_main, script.removesuffix(".py"), [str(flag) for flag in flags], cwd, timeout=120)
+    """What a script prints whose main runs on ranks that are there, without a start-up; fails the test if it raises."""
+    name, flags = script.removesuffix(".py"), [str(flag) for flag in flags]
+    return run_ranks(ranks, call_main, name, flags, cwd, timeout=TIMEOUT)[0]
 
 
 def call_main(name, flags, cwd):
+    """What rank 0 prints; the others print nothing."""
     module = importlib.import_module(name)
     with contextlib.chdir(cwd), mock.patch.object(sys, "path", [str(cwd), *sys.path]):
         with mock.patch.object(torch.distributed, "destroy_process_group"):  # the ranks live on
-            with contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
                 module.main(tyro.cli(module.Args, args=flags))
+    return out.getvalue()
 
 
 def read_commands(text, *headings):

@@ -3,8 +3,8 @@
 import json
 import os
 import re
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from parallel.model import Decoder
 from parallel.optim import AdamW, clip_grad_norm
 from parallel.order import KEPT, gather_in_order
 from tests.ranks import run_ranks
-from tests.scripts import TINY_GPT2, make_tiny_model, start
+from tests.scripts import TIMEOUT, TINY_GPT2, make_tiny_model, run_on_ranks, start
 from tests.scripts import run as run_script
 from tests.test_scripts import LETTERS, assert_same_run
 
@@ -139,63 +139,98 @@ def test_healthy_replicas_pass():
 # --- ranks that are busy, late, silent or dead ------------------------------------------------------------------------
 
 
+class Clock:
+    """Time that passes where the ranks sleep, and nowhere else; what is due by then happens meanwhile."""
+
+    def __init__(self):
+        self.now, self.due = 0.0, []  # seconds, (when, what) to come
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        end = self.now + seconds
+        while self.due and min(self.due, key=lambda x: x[0])[0] <= end:
+            self.now, happen = self.due.pop(self.due.index(min(self.due, key=lambda x: x[0])))
+            happen()
+        self.now = end
+
+    def every(self, seconds, happen):
+        def again():
+            happen()
+            self.every(seconds, happen)
+
+        self.due.append((self.now + seconds, again))
+
+
 @pytest.fixture
 def hearts(monkeypatch):
-    """Two ranks' signs of life in this process, over a store of their own."""
-    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(heartbeat, "SILENT_SECONDS", 0.5)
+    """Two ranks in this process, over a store of their own, and their clock; rank 1 gives signs of life."""
     heartbeat.at("scoring", 7)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    yield [Heartbeat(dist.PrefixStore("job", store.clone()), rank, 2) for rank in range(2)]
+    clock, store = Clock(), dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Heartbeat, "keep_beating", lambda *_: None)
+        hearts = [Heartbeat(dist.PrefixStore("job", store.clone()), rank, 2) for rank in range(2)]
+    monkeypatch.setattr(heartbeat, "time", clock)
+    clock.every(heartbeat.BEAT_SECONDS, lambda: hearts[1].beat(hearts[1].store))
+    yield *hearts, clock  # while the store lives
 
 
-def wait(heart, timeout=60.0):
+def wait(heart, timeout=10_000.0):
     """(seconds that it took, what a RankError said)"""
-    started = time.monotonic()
+    started = heartbeat.time.monotonic()
     message = message_of(heart.wait_for_all, "the scores", timeout)
-    return time.monotonic() - started, message
+    return heartbeat.time.monotonic() - started, message
 
 
 def test_busy_rank_is_waited_for(hearts):
-    late = threading.Timer(1.0, wait, [hearts[1]])  # more than SILENT_SECONDS, with signs of life
-    late.start()
-    seconds, message = wait(hearts[0])
-    late.join()
-    assert message is None and 0.9 < seconds < 1.5
-    threading.Timer(0.0, lambda: [wait(hearts[1]) for _ in range(200)]).start()
-    started = time.monotonic()
-    assert [wait(hearts[0])[1] for _ in range(200)] == [None] * 200
-    assert time.monotonic() - started < 4
+    waiting, busy, clock = hearts
+    for late in (0.01, 1000.0):  # seconds; the second more than SILENT_SECONDS, with signs of life
+        clock.due.append((clock.now + late, lambda: wait(busy)))
+        seconds, message = wait(waiting)
+        assert message is None and late <= seconds < late + min(late / 10, 0.3)
 
 
 def test_busy_rank_is_given_up_in_the_end(hearts):
-    seconds, message = wait(hearts[0], timeout=0.7)
-    assert (
-        message == "waited 0.7 s for the scores: rank 1 (last seen in scoring of iteration 7) lives but does not come"
-    )
-    assert 0.6 < seconds < 1.5
+    seconds, text = wait(hearts[0], timeout=700)
+    assert text == "waited 700 s for the scores: rank 1 (last seen in scoring of iteration 7) lives but does not come"
+    assert 700 <= seconds < 700.3
 
 
-def test_silent_rank_is_dead(hearts, monkeypatch):
-    monkeypatch.setattr(hearts[1], "beat", lambda store: None)
-    seconds, message = wait(hearts[0])
-    assert message.startswith("rank 1 has been silent for 0.5 s (dead, or its machine hangs), last seen in scoring of ")
-    assert 0.4 < seconds < 1.5
+def test_silent_rank_is_dead(hearts):
+    waiting, _, clock = hearts
+    clock.sleep(13.0)
+    clock.due.clear()
+    seconds, message = wait(waiting)
+    assert message.startswith("rank 1 has been silent for 60 s (dead, or its machine hangs), last seen in scoring of ")
+    assert 60 <= seconds < 60.3
 
 
 def test_dead_process_is_seen_at_once(hearts, monkeypatch):
-    child = os.posix_spawn("/bin/true", ["true"], {})  # until it is waited for, it is a zombie
+    waiting, lost, clock = hearts
+    child = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # until it is waited for, it is a zombie
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: child)
-        hearts[1].beat(hearts[1].store)
-    monkeypatch.setattr(hearts[1], "beat", lambda store: None)
-    time.sleep(0.1)
-    seconds, message = wait(hearts[0])
+        lost.beat(lost.store)
+    clock.due.clear()
+    seconds, message = wait(waiting)
     os.waitpid(child, 0)
-    assert (
-        message == "rank 1 is dead, last seen in scoring of iteration 7; the others wait for the scores"
-        and seconds < 0.3
-    )
+    assert message == "rank 1 is dead, last seen in scoring of iteration 7; the others wait for the scores"
+    assert seconds == 0
+
+
+def test_ranks_meet_again_and_again(monkeypatch):
+    """With threads, clock and signs of life as they are."""
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.01)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    hearts = [Heartbeat(dist.PrefixStore("job", store.clone()), rank, 2) for rank in range(2)]
+    with ThreadPoolExecutor() as pool:
+        both = pool.map(lambda heart: [wait(heart)[1] for _ in range(200)], hearts)
+    assert list(both) == [[None] * 200] * 2
+    num_beats = hearts[1].num_beats
+    while hearts[1].num_beats < num_beats + 3:  # by itself
+        time.sleep(0.01)
 
 
 def test_phases_are_told():
@@ -275,12 +310,10 @@ def test_job_with_killed_ranks_goes_on_by_itself_bit_for_bit(tmp_path):
     model = make_tiny_model(tmp_path / "model")
     (tmp_path / "times").mkdir()
     (tmp_path / "killed.py").write_text(KILLED)
-    whole = start("ppo.py", "--model", model, *FLAGS, "--output-dir", "whole", cwd=tmp_path, ranks=2)
-    out, err = whole.communicate(timeout=120)
-    assert whole.returncode == 0, err
+    run_on_ranks("ppo.py", "--model", model, *FLAGS, "--output-dir", "whole", cwd=tmp_path, ranks=2)
     options = dict(cwd=tmp_path, ranks=2, restarts=len(KILLS), env={"PLAN": json.dumps(KILLS)})
     process = start(tmp_path / "killed.py", "--model", model, *FLAGS, **options)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["ppo"]  # no restart has chosen another
     assert out.count("restarted by the launcher") == len(KILLS) - 1  # the first was killed before its first metrics
@@ -294,4 +327,5 @@ def test_job_with_killed_ranks_goes_on_by_itself_bit_for_bit(tmp_path):
         day = clock.tm_hour * 3600 + clock.tm_min * 60 + clock.tm_sec + killed % 1
         to_notice = (int(hours) * 3600 + int(minutes) * 60 + float(seconds) - day) % 86400
         print(f"{KILLS[attempt][0]}: noticed after {to_notice:.2f} s, running again after {started - killed:.2f} s")
-        assert to_notice < 2 and started - killed < 5, KILLS[attempt]
+        # without waiting for silence (60 s) or for the launcher to kill by force what it asked to end (30 s)
+        assert to_notice < 25 and started - killed < 25, KILLS[attempt]

@@ -28,13 +28,11 @@ from tests.scripts import (
     read_rows,
     run,
     run_on_ranks,
-    start,
     states_of,
     without_times,
 )
 from tests.states import read_state
 from tests.test_generation import CONFIG
-from tests.test_scripts import kill_when
 
 SHORT = ("--batch-size", 8, "--microbatch-size", 4, "--eval-samples", 20, "--advantage-scales", 0, 10)
 
@@ -368,7 +366,7 @@ def tiny(tmp_path):
 
 def test_default_run_beats_cloning(tmp_path):
     """1,000 random walks with an optimality of 0.35: decoding at scale 100 finds short paths, scale 0 clones."""
-    status, out, err = run("ilql.py", "--eval-every", 200, "--advantage-scales", 0, 100, cwd=tmp_path)
+    status, out, err = run("ilql.py", "--eval-every", 200, "--advantage-scales", 0, 100, cwd=tmp_path, fresh=True)
     assert status == 0, err
     [before, after] = read_rows(tmp_path / "runs/ilql", "eval")
     assert_explained([after, *read_rows(tmp_path / "runs/ilql")])
@@ -458,8 +456,10 @@ def test_resume_is_bit_for_bit_and_the_export_evaluates_alike(tiny, tmp_path):
     flags = (*SHORT, "--model", tiny, "--save-every", 2, "--eval-every", 3)
     status, _, err = run("ilql.py", *flags, "--max-steps", 6, "--output-dir", tmp_path / "a", cwd=tmp_path)
     assert status == 0, err
-    process = start("ilql.py", *flags, "--max-steps", 6, "--output-dir", tmp_path / "b", cwd=tmp_path)
-    kill_when(process, lambda: (tmp_path / "b/checkpoints/step-4").exists())
+    moment = ("parallel.run.Run.progress", 5, signal.SIGKILL)
+    to_kill = ("--max-steps", 6, "--output-dir", tmp_path / "b")
+    status, _, err = run("ilql.py", *flags, *to_kill, cwd=tmp_path, signal_at=moment)
+    assert status == -signal.SIGKILL and (tmp_path / "b/checkpoints/step-4").exists(), err
     status, _, err = run("ilql.py", *flags, "--max-steps", 6, "--output-dir", tmp_path / "b", "--resume", cwd=tmp_path)
     assert status == 0, err
     rows = [without_times([json.loads(line) for line in open(tmp_path / run_ / "metrics.jsonl")]) for run_ in "ab"]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from parallel.collectives import Axis, RankError, all_gather, all_reduce_, all_reduce_async_, broadcast_, traffic
 from parallel.mesh import Layout, check_layout, init_mesh
-from tests.ranks import run_ranks
+from tests.ranks import TIMEOUT, run_ranks
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -123,7 +124,7 @@ def test_layout_is_rejected_on_every_rank():
 def one_rank_fails(how):
     mesh = init_mesh()
     if mesh.rank == 1:
-        os._exit(9) if how == "dies" else time.sleep(60) if how == "hangs" else int("x")
+        os._exit(9) if how == "dies" else threading.Event().wait() if how == "hangs" else int("x")
     mesh.barrier()
 
 
@@ -134,8 +135,8 @@ def one_rank_fails(how):
 def test_pool_names_the_failing_rank(how, text):
     started = time.monotonic()
     with pytest.raises(pytest.fail.Exception, match="(?s)rank 1: .*" + text.removeprefix("rank 1: ")):
-        run_ranks(2, one_rank_fails, how, timeout=2)
-    assert time.monotonic() - started < 8
+        run_ranks(2, one_rank_fails, how, timeout=2 if how == "hangs" else TIMEOUT)
+    assert time.monotonic() - started < TIMEOUT / 2, "the other rank was waited for"
     assert run_ranks(2, measured_traffic), "the next test gets a fresh pool"
 
 
@@ -146,6 +147,7 @@ signal.signal(signal.SIGTERM, lambda *_: None)  # as scripts do, which save when
 mesh = init_mesh()
 mesh.barrier()
 if mesh.rank == 1:
+    open(os.environ["REPORT"] + "1", "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
 try:
     mesh.barrier()
@@ -159,9 +161,9 @@ def test_killed_rank_is_named_by_the_others(tmp_path):
     (tmp_path / "victim.py").write_text(VICTIM)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "REPORT": f"{tmp_path}/rank", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "victim.py"]
-    started = time.monotonic()
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert ended.returncode != 0 and time.monotonic() - started < 40
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    seconds = time.time() - (tmp_path / "rank1").stat().st_mtime
+    assert ended.returncode != 0 and seconds < 40, (seconds, ended.stderr)
     for rank in (0, 2):
         report = (tmp_path / f"rank{rank}").read_text()
         assert report.startswith(

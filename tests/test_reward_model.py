@@ -31,9 +31,9 @@ from tasks import baselines  # noqa: E402
 from tasks.random_walks import EOS, NODES, PAD, make_graph, make_tokenizer, measure  # noqa: E402
 from tasks.rewards import Sample, SampleContext, make_reward  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
-from tests.scripts import TINY_GPT2, assert_explained, make_tiny_model, read_rows, run, start  # noqa: E402
+from tests.scripts import TINY_GPT2, assert_explained, make_tiny_model, read_rows, run  # noqa: E402
 from tests.test_model import CASES  # noqa: E402
-from tests.test_scripts import assert_same_run, kill_when  # noqa: E402
+from tests.test_scripts import assert_same_run  # noqa: E402
 
 MESH = init_mesh()
 FAMILIES = (
@@ -549,7 +549,7 @@ def test_ppo_rejects_a_vocabulary_that_does_not_fit(flag, reward_folder, tmp_pat
 def learnt(tmp_path_factory):
     """Half of the default run: its folder."""
     folder = tmp_path_factory.mktemp("learnt")
-    status, out, err = run("reward_model.py", "--max-steps", 100, cwd=folder)
+    status, out, err = run("reward_model.py", "--max-steps", 100, cwd=folder, fresh=True)
     assert status == 0, err
     assert "confidence 0." in out
     return folder / "runs/reward_model"
@@ -643,9 +643,9 @@ def test_killed_run_resumes_bit_for_bit(tmp_path):
     flags = ("--model", model, "--max-steps", 12, "--save-every", 4, "--eval-every", 6, "--microbatch-size", 30)
     status, _, err = run("reward_model.py", *flags, "--output-dir", tmp_path / "whole", cwd=tmp_path)
     assert status == 0, err
-    process = start("reward_model.py", *flags, "--output-dir", tmp_path / "run", cwd=tmp_path)
-    metrics = tmp_path / "run/metrics.jsonl"
-    kill_when(process, lambda: metrics.exists() and metrics.read_text().count('"train"') >= 7)
+    moment = ("parallel.run.Run.progress", 7, signal.SIGKILL)
+    status, _, err = run("reward_model.py", *flags, "--output-dir", tmp_path / "run", cwd=tmp_path, signal_at=moment)
+    assert status == -signal.SIGKILL and len(read_rows(tmp_path / "run")) == 7, err
     status, _, err = run("reward_model.py", *flags, "--output-dir", tmp_path / "run", "--resume", cwd=tmp_path)
     assert status == 0, err
     assert_same_run(tmp_path / "run", tmp_path / "whole")

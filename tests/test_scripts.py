@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,18 @@ from safetensors.torch import load_file
 import ppo
 from parallel.run import launch
 from tasks.random_walks import make_tokenizer
-from tests.scripts import ROOT, TINY_GPT2, assert_explained, make_tiny_model, read_rows, run, start, without_times
+from tests.scripts import (
+    ROOT,
+    TIMEOUT,
+    TINY_GPT2,
+    assert_explained,
+    make_tiny_model,
+    read_rows,
+    run,
+    run_on_ranks,
+    start,
+    without_times,
+)
 from tests.states import read_state
 
 SHORT = ("--batch-size", 16, "--minibatch-size", 8, "--microbatch-size", 4, "--eval-samples", 20, "--eval-every", 4)
@@ -38,17 +50,19 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def default_runs(tmp_path_factory):
-    """`python ppo.py` without flags, on one process and meanwhile on two ranks: folders, and what the first prints."""
-    folders = [tmp_path_factory.mktemp("default") for _ in range(2)]
-    processes = [start("ppo.py", cwd=folder, ranks=1 + i) for i, folder in enumerate(folders)]
-    try:
-        outputs = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, err) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, err
-    return [folder / "runs/ppo" for folder in folders], outputs[0][0]
+    """`python ppo.py` without flags, and its first iterations on two ranks: folders, and what the first prints."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    folder = tmp_path_factory.mktemp("default")
+    status, out, err = run("ppo.py", cwd=folder, fresh=True)
+    assert status == 0, err
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 240, "seconds of a processor"
+    process, metrics = start("ppo.py", "--output-dir", "two", cwd=folder, ranks=2), folder / "two/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count('"train"') >= 12):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    process.communicate(timeout=TIMEOUT)  # returns when the ranks have ended, too
+    return (folder / "runs/ppo", folder / "two"), out
 
 
 def test_default_run_learns_the_task(default_runs):
@@ -58,7 +72,6 @@ def test_default_run_learns_the_task(default_runs):
     assert abs(evaluations[0]["eval_score_sampled"] - 0.35) < 0.04
     assert evaluations[-1]["eval_score_sampled"] >= 0.97 and evaluations[-1]["eval_score_greedy"] >= 0.97
     rows = read_rows(folder)
-    assert rows[-1]["seconds"] < 240, "on one of two cores that three processes share"
     scores = [row["score"] for row in rows]
     means = [sum(scores[i : i + 5]) / 5 for i in range(len(scores) - 4)]
     reached = next(i for i, mean in enumerate(means) if mean >= 0.9)
@@ -69,12 +82,9 @@ def test_default_run_learns_the_task(default_runs):
 
 
 def test_two_ranks_repeat_the_run_of_one(default_runs):
-    folders, _ = default_runs
-    one, two = map(read_rows, folders)
-    assert [row["rollout_hash"] for row in one[:5]] == [row["rollout_hash"] for row in two[:5]]
-    ends = [read_rows(folder, "eval")[1:] for folder in folders]
-    for a, b in zip(*ends, strict=True):
-        assert abs(a["eval_score_sampled"] - b["eval_score_sampled"]) <= 0.02, (a, b)
+    for event, least in (("train", 12), ("eval", 2)):
+        one, two = (without_times(read_rows(folder, event)) for folder in default_runs[0])
+        assert len(two) >= least and one[: len(two)] == two
 
 
 def test_run_folder_holds_what_the_design_says(default_runs):
@@ -257,24 +267,20 @@ def undisturbed(tiny, tmp_path_factory):
     return folder / "run"
 
 
-def kill_when(process, seen, timeout=60):
-    """kill -9 as soon as seen() is true."""
-    deadline = time.monotonic() + timeout
-    while not seen():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+MOMENTS = {  # function, its how manieth call
+    "rollout": ("parallel.generation.generate", 4),
+    "update": ("parallel.optim.AdamW.step", 11),  # of iteration 3
+    "save": ("parallel.training_state.full_shapes", 2),  # in iteration 4; tensors are written, their names are not
+    "metrics": ("parallel.run.Run.log", 7),
+}
 
 
-@pytest.mark.parametrize("moment", ["iteration 1", "iteration 3", "during a save", "iteration 5"])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_ppo_run_resumes_bit_for_bit(moment, tiny, undisturbed, tmp_path):
     flags = ("--model", tiny, "--output-dir", tmp_path / "run", *PPO_FLAGS)
-    process = start("ppo.py", *flags, cwd=tmp_path)
-    if moment == "during a save":
-        kill_when(process, lambda: any((tmp_path / "run/checkpoints").glob("tmp-step-4")))
-    else:
-        count, metrics = int(moment.split()[1]), tmp_path / "run/metrics.jsonl"
-        kill_when(process, lambda: metrics.exists() and metrics.read_text().count('"train"') >= count)
+    status, _, err = run("ppo.py", *flags, cwd=tmp_path, signal_at=(*MOMENTS[moment], signal.SIGKILL))
+    assert status == -signal.SIGKILL, err
+    assert (tmp_path / "run/checkpoints/tmp-step-4").exists() == (moment == "save")
     status, out, err = run("ppo.py", *flags, "--resume", cwd=tmp_path)
     assert status == 0, err
     assert_same_run(tmp_path / "run", undisturbed)
@@ -282,16 +288,10 @@ def test_killed_ppo_run_resumes_bit_for_bit(moment, tiny, undisturbed, tmp_path)
 
 def test_sigterm_saves_and_the_run_goes_on(tiny, undisturbed, tmp_path):
     flags = ("--model", tiny, "--output-dir", tmp_path / "run", *PPO_FLAGS)
-    process = start("ppo.py", *flags, cwd=tmp_path)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.exists() and '"train"' in metrics.read_text()):
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    done = len(read_rows(tmp_path / "run"))
-    assert done < 6 and (tmp_path / f"run/checkpoints/step-{done}").is_dir()
+    moment = ("parallel.optim.AdamW.step", 10, signal.SIGTERM)
+    status, _, err = run("ppo.py", *flags, cwd=tmp_path, signal_at=moment)
+    assert status == 0, err
+    assert len(read_rows(tmp_path / "run")) == 3 and (tmp_path / "run/checkpoints/step-3").is_dir()
     assert not (tmp_path / "run/model").exists()
     status, _, err = run("ppo.py", *flags, "--resume", cwd=tmp_path)
     assert status == 0, err
@@ -324,9 +324,9 @@ def test_sft_resumes_bit_for_bit(tiny, tmp_path):
     flags = ("--model", tiny, "--max-steps", 12, "--save-every", 4, "--eval-every", 6, "--microbatch-size", 30)
     status, _, err = run("sft.py", *flags, "--output-dir", tmp_path / "whole", cwd=tmp_path)
     assert status == 0, err
-    process = start("sft.py", *flags, "--output-dir", tmp_path / "run", cwd=tmp_path)
-    metrics = tmp_path / "run/metrics.jsonl"
-    kill_when(process, lambda: metrics.exists() and metrics.read_text().count('"train"') >= 7)
+    moment = ("parallel.run.Run.progress", 7, signal.SIGKILL)
+    status, _, err = run("sft.py", *flags, "--output-dir", tmp_path / "run", cwd=tmp_path, signal_at=moment)
+    assert status == -signal.SIGKILL and len(read_rows(tmp_path / "run")) == 7, err
     status, _, err = run("sft.py", *flags, "--output-dir", tmp_path / "run", "--resume", cwd=tmp_path)
     assert status == 0, err
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -389,6 +389,7 @@ def huge(samples):
 
 def fails_on_rank_one(samples):
     if os.environ.get("RANK") == "1":
+        open("failed", "w").close()
         raise RuntimeError("no such luck")
     return [0.0] * len(samples)
 """
@@ -486,15 +487,14 @@ def test_a_start_that_fails_leaves_the_run_before(tiny, undisturbed, tmp_path):
 def test_fewer_prompts_than_ranks(tiny, tmp_path):
     (tmp_path / "one.txt").write_text("b\n")
     flags = ("--model", tiny, "--batch-size", 4, "--minibatch-size", 2, "--data", "one.txt", "--eval-samples", 1)
-    status, _, err = run("ppo.py", *flags, "--max-iterations", 1, cwd=tmp_path, ranks=2)
-    assert status == 0, err
+    out = run_on_ranks("ppo.py", *flags, "--max-iterations", 1, cwd=tmp_path, ranks=2)
+    assert "1/1 100 %" in out, out
 
 
 def test_one_failing_replica_stops_both_with_one_message(tiny, bad_folder):
     flags = ("--model", tiny, *SHORT, "--max-iterations", 2, "--reward", "rewards.py:fails_on_rank_one")
-    started = time.monotonic()
     status, _, err = run("ppo.py", *flags, cwd=bad_folder, ranks=2)
-    assert status != 0 and time.monotonic() - started < 60
+    assert status != 0 and time.time() - (bad_folder / "failed").stat().st_mtime < 25
     assert err.count("error: rank 1: reward rewards.py:fails_on_rank_one raised RuntimeError: no such luck") == 1, err
 
 
@@ -509,7 +509,7 @@ def test_killed_rank_ends_the_others(tiny, tmp_path):
     victim = int(children.split()[-1])
     started = time.monotonic()
     os.kill(victim, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0 and time.monotonic() - started < 60
     assert "SIGKILL" in err or "exitcode: -9" in err or "-9" in err, err
 
