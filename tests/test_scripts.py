@@ -82,7 +82,7 @@ def test_default_run_learns_the_task(default_runs):
 
 
 def test_two_ranks_repeat_the_run_of_one(default_runs):
-    """Every token and metric, bit for bit, but for a norm that is summed in another order and rounding of other batches."""
+    """Every token and metric, bit for bit, but for a norm summed in another order and the rounding of other batches."""
     one, two = (without_times(read_rows(folder)) for folder in default_runs[0])
     assert len(two) >= 12
     for a, b in zip(one, two, strict=False):
