@@ -1,6 +1,7 @@
 """What the README says: commands that parse, files that exist, flags and metrics that are there."""
 
 import importlib
+import json
 import re
 import shlex
 
@@ -8,7 +9,7 @@ import pytest
 import tyro
 
 from parallel.run import flat_flags
-from tests.scripts import ROOT, make_tiny_model, read_commands, run_on_ranks
+from tests.scripts import ROOT, make_tiny_model, read_commands, run, run_on_ranks
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -38,6 +39,31 @@ def test_the_layout_of_eight_ranks_runs(tmp_path):
     assert (tmp_path / "runs/ppo/model/model.safetensors").exists()
 
 
+def test_shown_files_are_the_files():
+    shown = re.findall(r"^```python\n# (tests/\w+\.py): [^\n]+\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert [path for path, _ in shown] == ["tests/happy_stories.py", "tests/keep_best.py"]
+    for path, text in shown:
+        assert (ROOT / path).read_text().partition('"""\n\n')[2] == text, path
+
+
+def test_the_best_responses_are_kept(tmp_path):
+    """The filter of rejection fine-tuning, as a user calls it: by prompt, from two files, each response once."""
+    scores = {"b": [0.1, 0.2, 0.3, 0.4, 0.4], "c": [0.0, 0.5, 0.6, 0.9, 0.2], "d": [0.0] * 5}
+    for i, half in enumerate((slice(2), slice(2, 5))):
+        rows = [
+            {"iteration": 0, "kind": "sampled", "prompt": prompt, "response": f"{prompt} {score}", "score": score}
+            for prompt, some in scores.items()
+            for score in some[half]
+        ]
+        (tmp_path / f"samples-{i}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [tmp_path / f"samples-{i}.jsonl" for i in (0, 1)]
+    status, _, err = run("tests/keep_best.py", 0.75, tmp_path / "kept.jsonl", *sources, cwd=tmp_path)
+    assert status == 0, err
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    # the third quartiles are 0.4, 0.6 and 0; of prompt d nothing is better than the worst there is
+    assert kept == [{"prompt": x[0], "completion": x} for x in ("b 0.4", "c 0.6", "c 0.9")]
+
+
 def test_every_script_is_shown():
     assert {word for command in read_commands(README) for word in command.split() if word.endswith(".py")} >= {
         f"{name}.py" for name in SCRIPTS
@@ -53,6 +79,6 @@ def test_files_and_flags_exist():
         flags |= {f"--{flag.replace('_', '-')}" for flag in flat_flags(importlib.import_module(name).Args())}
     flags |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
     flags |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--layout.no-sequence-parallel"}
-    flags |= {"--peer", "--threads", "--help", "--no-bos", "--seed"}
+    flags |= {"--peer", "--threads", "--steps", "--out", "--help", "--no-bos", "--seed"}
     for flag in re.findall(r"`?(--[a-z][\w.-]+)", README):
         assert flag in flags, flag
