@@ -30,13 +30,12 @@ made a tie, its two probabilities are averaged, and how many there are is report
     torchrun evaluate.py
     torchrun evaluate.py --model runs/ppo/model --against runs/sft/model --data prompts.jsonl --judge runs/judge/model
 
-The first command asks how the embedded task's base policy, cloned from 1,000 walks, compares with them: 0.50 +- 0.02.
+The first command asks how the embedded task's base policy, cloned from 1,000 walks, compares with them: 0.49 +- 0.01.
 """
 
 import itertools
 import json
 import math
-import re
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -57,7 +56,7 @@ from parallel.reshard import rollout_weights
 from parallel.rows import load_object, load_rows, resolve_model
 from parallel.run import Run, check_flags, finite_or_null, flat_flags, launch, write_atomically
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
-from tasks.answers import make_text_samples, read_answers, read_prompts, take_answers
+from tasks.answers import given_answers, is_file, lies_there, make_text_samples, read_prompts, rouge_l
 from tasks.judges import judge_both_orders, refuse_training_judge, score_new
 from tasks.rewards import Sample, SampleContext, give_equal_ids, make_reward, make_samples, score_together
 
@@ -73,6 +72,7 @@ COLUMNS = (  # of the table: heading, metric
     ("ROUGE-L", "rouge_l"),
     ("perplexity", "perplexity"),
     ("length", "response_len"),
+    ("longer", "longer"),
     ("finished", "finished"),
 )
 WITH_ERROR = ("win_rate", "pairwise_win_rate", "score", "rouge_l")  # shown as mean +- standard error
@@ -188,17 +188,8 @@ class Side:
     answers: list[Sample] = field(default_factory=list)  # by sample id, where there is no policy
 
 
-def is_file(spec: str) -> bool:
-    return spec.endswith((".jsonl", ".jsonl.gz"))
-
-
-def lies_there(spec: str) -> bool:
-    """Whether --model or --against names answers and no model."""
-    return spec == "data" or is_file(spec)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Judging, means and their errors
+# Means and their errors
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -238,25 +229,6 @@ def summarise(rows: list[dict]) -> dict[str, float]:
     for name, values in columns.items():
         metrics[name], metrics[f"{name}_se"] = clustered_mean(values, [row["prompt"] for row in rows])
     return metrics
-
-
-def count_common(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence, a bit for each word of `a`. Source: Hyyro 2004."""
-    places: dict[str, int] = {}
-    for i, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << i
-    row = everywhere = (1 << len(a)) - 1  # a bit is 0 where the length grows
-    for word in b:
-        matches = row & places.get(word, 0)
-        row = ((row + matches) | (row - matches)) & everywhere
-    return len(a) - row.bit_count()
-
-
-def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words (eq. 4). Source: Lin 2004."""
-    a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, reference))
-    common = count_common(a, b)
-    return 2 * common / (len(a) + len(b)) if common else 0.0
 
 
 def describe_setting(sampling: Sampling) -> str:
@@ -414,17 +386,13 @@ def main(args: Args) -> None:
         args.bos,
     )
     count = args.samples_per_prompt
+    kinds = {"model": (args.kind, "--kind"), "against": (args.against_kind, "--against-kind")}
     sides = [Side(name, spec) for name, spec in specs.items()]
     for side in sides:
         if side.name in folders:
             side.eos = eos_ids(folders[side.name], tokenizer)
-            continue
-        if side.spec == "data":
-            texts = [(row.metadata["reference"], True) for row in prompts for _ in range(count)]
         else:
-            kind, flag = (args.kind, "--kind") if side.name == "model" else (args.against_kind, "--against-kind")
-            texts = take_answers(read_answers(side.spec, kind, flag), prompts, count, side.spec)
-        side.answers = make_text_samples(prompts, texts, tokenizer)
+            side.answers = given_answers(side.spec, *kinds[side.name], prompts, count, tokenizer)
     examples = []
     if args.perplexity_data:
         examples = sft_examples(load_rows(args.perplexity_data), tokenizer, args.bos, True, context_len)
@@ -432,7 +400,7 @@ def main(args: Args) -> None:
     # judges
     given = [sample for side in sides for sample in side.answers]
     lens = [len(row.prompt_ids) + new_tokens for row in prompts]
-    lens += [len(sample.prompt_ids) + len(sample.response_ids) for sample in given]
+    lens += [len(sample.prompt_ids + sample.response_ids) for sample in given]
     eos = sorted({i for side in sides for i in side.eos} | {tokenizer.eos_token_id} - {None})
     context = SampleContext(mesh, tokenizer, eos, args.bos, dtype, max(lens))
     judge = make_reward(args.judge, context) if args.judge else None
@@ -486,10 +454,10 @@ def main(args: Args) -> None:
     def write():
         if len(results) == 1:
             run.begin()
-        lines = [json.dumps(finite_or_null(row)) + "\n" for row in table]
-        write_atomically(run.folder / "samples.jsonl", "".join(lines))
+        lines = (json.dumps(finite_or_null(row)) + "\n" for row in table)
+        write_atomically(run.folder / "samples.jsonl", lines)
         content = {**summary, "settings": [finite_or_null(row) for row in results]}
-        write_atomically(run.folder / "results.json", json.dumps(content, indent=2) + "\n")
+        write_atomically(run.folder / "results.json", [json.dumps(content, indent=2) + "\n"])
 
     for i, sampling in enumerate(settings):
         # sample and judge

@@ -261,7 +261,8 @@ class Run:
         holds_run = any((folder / name).exists() for name in WRITTEN)
         self.resuming = (args.resume or restarted) and holds_run
         if holds_run and not args.overwrite and not self.resuming:
-            raise ValueError(f"{folder} holds a run: --resume goes on with it, --overwrite replaces it")
+            hint = "--resume goes on with it, " if "resume" in vars(args) else ""
+            raise ValueError(f"{folder} holds a run: {hint}--overwrite replaces it")
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not writable")

@@ -1,8 +1,9 @@
-"""Answers that lie there already: reference answers of data, and files of what was sampled before.
+"""Answers that lie there already: reference answers of data, files of what was sampled before; how alike two are.
 
 They become samples like those of a model: the tokens that follow the prompt's own and, if they are finished, the EOS.
 """
 
+import re
 from collections import Counter
 
 from parallel.data import PromptRow, encode_parts, is_message, prompt_rows
@@ -11,6 +12,15 @@ from tasks.rewards import Sample
 
 FIELDS = ("completion", "chosen", "response")  # that may hold a row's reference answer
 MANY = 4  # rows of which all answers repeat their prompts by no accident
+
+
+def is_file(spec: str) -> bool:
+    return spec.endswith((".jsonl", ".jsonl.gz"))
+
+
+def lies_there(spec: str) -> bool:
+    """Whether a spec names answers and no model."""
+    return spec == "data" or is_file(spec)
 
 
 def split_answer(row: Row) -> Row:
@@ -72,6 +82,20 @@ def read_prompts(
     return prompt_rows(rows, tokenizer, prompt_tokens, max_prompt_len, add_bos)
 
 
+def given_answers(
+    spec: str, kind: str, flag: str, prompts: list[PromptRow], samples_per_prompt: int, tokenizer
+) -> list[Sample]:
+    """The answers that a spec names, one for each sample of each prompt; of data the reference answer for all.
+
+    Args: kind, flag: see `read_answers`.
+    """
+    if spec == "data":
+        texts = [(row.metadata["reference"], True) for row in prompts for _ in range(samples_per_prompt)]
+    else:
+        texts = take_answers(read_answers(spec, kind, flag), prompts, samples_per_prompt, spec)
+    return make_text_samples(prompts, texts, tokenizer)
+
+
 def read_answers(spec: str, kind: str, flag: str) -> dict[str, list[tuple[str, bool]]]:
     """The answers of a file by prompt, each with whether it ended by itself: of one kind and the newest iteration.
 
@@ -128,3 +152,25 @@ def make_text_samples(prompts: list[PromptRow], answers: list[tuple[str, bool]],
         Sample(row.prompt, text, row.prompt_ids, ids + eos * finished, finished, row.metadata)
         for row, (text, finished), (_, ids) in zip(rows, answers, ids_of, strict=True)
     ]
+
+
+def count_common(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, a bit for each word of `a`. Source: Hyyro 2004."""
+    places: dict[str, int] = {}
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    row = everywhere = (1 << len(a)) - 1  # a bit is 0 where the length grows
+    for word in b:
+        matches = row & places.get(word, 0)
+        row = ((row + matches) | (row - matches)) & everywhere
+    return len(a) - row.bit_count()
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words: lower case, letters and digits of ASCII, no stemming.
+
+    Source: Lin 2004, section 3.
+    """
+    a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, reference))
+    common = count_common(a, b)
+    return 2 * common / (len(a) + len(b)) if common else 0.0

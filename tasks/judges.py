@@ -31,8 +31,11 @@ def locate(spec: str, folder: Path) -> str:
 
 
 def is_same_judge(a: str, b: str) -> bool:
-    """Whether two specs name one function, one address, or folders that are one or hold the same weights."""
+    """Whether two specs name one function, one address, or folders of one run or with the same weights."""
     if identify(a) == identify(b):
+        return True
+    runs = [Path(folder).expanduser().resolve().parent for folder in (a, b)]
+    if runs[0] == runs[1] and (runs[0] / "args.json").exists():  # its model/ and its best/
         return True
     files = [sorted(Path(folder).glob("*.safetensors")) for folder in (a, b)]
     sizes = [[path.stat().st_size for path in paths] for paths in files]

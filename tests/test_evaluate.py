@@ -19,7 +19,7 @@ from parallel.mesh import init_mesh
 from parallel.model import ScalarHead
 from parallel.reward import save_reward_model
 from parallel.rows import Row
-from tasks.answers import split_answer
+from tasks.answers import count_common, rouge_l, split_answer
 from tasks.judges import is_same_judge
 from tasks.random_walks import make_tokenizer, optimality
 from tasks.rewards import Sample
@@ -147,13 +147,13 @@ def test_rouge_matches_all_subsequences():
     for _ in range(200):
         a, b = ([generator.choice("wxyz") for _ in range(generator.randrange(9))] for _ in range(2))
         common = longest_common(a, b)
-        assert evaluate.count_common(a, b) == common
+        assert count_common(a, b) == common
         precision, recall = common / max(len(a), 1), common / max(len(b), 1)
         expected = 2 * precision * recall / (precision + recall) if common else 0
-        assert evaluate.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(expected, rel=1e-14)
-    assert evaluate.rouge_l("Police killed the gunman.", "police KILL the gunman") == 0.75  # Lin 2004: 3 of 4 words
-    assert evaluate.rouge_l("the gunman kill police", "police kill the gunman") == 0.5
-    assert evaluate.rouge_l("", "a") == evaluate.rouge_l("...", "...") == 0
+        assert rouge_l(" ".join(a), " ".join(b)) == pytest.approx(expected, rel=1e-14)
+    assert rouge_l("Police killed the gunman.", "police KILL the gunman") == 0.75  # Lin 2004: 3 of 4 words
+    assert rouge_l("the gunman kill police", "police kill the gunman") == 0.5
+    assert rouge_l("", "a") == rouge_l("...", "...") == 0
 
 
 def test_perplexity_matches_transformers(place):
@@ -360,6 +360,10 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
     assert not list((tmp_path / "runs").glob("evaluate*/*"))
     run(tmp_path, "--model", "runs/ppo/model", *data, "--judge", "runs/reward/other")
     run(tmp_path, "--model", "runs/ppo/model", *data, "--judge", "runs/reward/copy", "--allow-training-judge")
+    (tmp_path / "runs/reward/args.json").write_text("{}")
+    assert "is the reward of the run" in refused(
+        tmp_path, "--model", "runs/ppo/model", *data, "--judge", "runs/reward/other"
+    )
     assert not is_same_judge("runs/a", "runs/b") and is_same_judge("http://x/y", "http://x/y")
 
 
