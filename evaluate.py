@@ -62,20 +62,19 @@ from tasks.rewards import Sample, SampleContext, give_equal_ids, make_reward, ma
 
 SWAPPED = 4  # standard errors by which a judge's accuracy on the data's own pairs must lie below 1/2 to be refused
 PREFIXES = ("", "other_")  # of what is said of --model's answers, and of those of --against
-COLUMNS = (  # of the table: heading, metric
-    ("win-rate", "win_rate"),
-    ("ties", "ties"),
-    ("pairwise win-rate", "pairwise_win_rate"),
-    ("pairwise ties", "pairwise_ties"),
-    ("depend on order", "order_dependent"),
-    ("score", "score"),
-    ("ROUGE-L", "rouge_l"),
-    ("perplexity", "perplexity"),
-    ("length", "response_len"),
-    ("longer", "longer"),
-    ("finished", "finished"),
+COLUMNS = (  # of the table: heading, metric, format, whether with its standard error
+    ("win-rate", "win_rate", ".3f", True),
+    ("ties", "ties", ".3f", False),
+    ("pairwise win-rate", "pairwise_win_rate", ".3f", True),
+    ("pairwise ties", "pairwise_ties", ".3f", False),
+    ("depend on order", "order_dependent", ".3f", False),
+    ("score", "score", ".3f", True),
+    ("ROUGE-L", "rouge_l", ".3f", True),
+    ("perplexity", "perplexity", ".4g", False),
+    ("length", "response_len", ".1f", False),
+    ("longer", "longer", ".3f", False),
+    ("finished", "finished", ".3f", False),
 )
-WITH_ERROR = ("win_rate", "pairwise_win_rate", "score", "rouge_l")  # shown as mean +- standard error
 
 
 @dataclass
@@ -83,8 +82,8 @@ class Args:
     """Evaluation. The defaults compare the embedded task's base policy with the walks that it was cloned from."""
 
     model: str = "tasks.random_walks:base_policy"
-    """Hugging Face folder, hub id, module:function that returns a folder, or a .jsonl file of answers already sampled
-    (rows of `prompt` and `response`, such as a run's samples.jsonl)"""
+    """Hugging Face folder, hub id, module:function that returns a folder, or a .jsonl file of answers already sampled:
+    rows of `prompt`, `response` and, where it did not end by itself, `finished` false, such as a run's samples.jsonl"""
     against: str = "data"
     """what it is compared with: the same, or "data" = the reference answers in --data; empty = nothing"""
     tokenizer: str = ""
@@ -240,21 +239,19 @@ def describe_setting(sampling: Sampling) -> str:
 
 def format_markdown(settings: list[dict]) -> str:
     """A table with a row for each setting, of the metrics that there are; "a / b" is --model's and --against's."""
-    shown = [(heading, name) for heading, name in COLUMNS if name in settings[0]]
-    has_other = [f"other_{name}" in settings[0] for _, name in shown]
+    shown = [column for column in COLUMNS if column[1] in settings[0]]
 
-    def cell(metrics: dict, name: str) -> str:
-        error = metrics.get(f"{name}_se") if name.removeprefix("other_") in WITH_ERROR else None
-        return f"{metrics[name]:.3f}" + (f" +- {error:.3f}" if error is not None else "")
+    def cell(metrics: dict, name: str, digits: str, with_error: bool) -> str:
+        cells = []
+        for key in (name, f"other_{name}"):
+            if key in metrics:
+                error = f" +- {metrics[f'{key}_se']:{digits}}" if with_error else ""
+                cells.append(f"{metrics[key]:{digits}}{error}")
+        return " / ".join(cells)
 
-    lines = [["setting", *(f"{h} / other's" if both else h for (h, _), both in zip(shown, has_other, strict=True))]]
-    lines.append(["---"] * len(lines[0]))
-    for metrics in settings:
-        cells = [
-            cell(metrics, name) + (f" / {cell(metrics, f'other_{name}')}" if both else "")
-            for (_, name), both in zip(shown, has_other, strict=True)
-        ]
-        lines.append([metrics["setting"], *cells])
+    headings = [name + " / other's" * (f"other_{key}" in settings[0]) for name, key, *_ in shown]
+    lines = [["setting", *headings], ["---"] * (1 + len(shown))]
+    lines += [[metrics["setting"], *(cell(metrics, *column[1:]) for column in shown)] for metrics in settings]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -422,7 +422,7 @@ def evaluate(policy, target_q_heads, prompts, reward, args, tokenizer, eos):
     """Mean score of `eval_samples` responses at fixed noise, at each of the scales.
 
     Communication: scores and texts are gathered over dp.
-    Returns: metrics, and rows of (scale, prompt, response, score), of all samples of all ranks
+    Returns: metrics, and rows of (scale, prompt, response, score, finished), of all samples of all ranks
     """
     mesh, metrics, table = policy.mesh, {}, []
     sample_ids = list(range(args.eval_samples))[mesh.dp.rank :: mesh.dp.size]
@@ -454,7 +454,9 @@ def evaluate(policy, target_q_heads, prompts, reward, args, tokenizer, eos):
             metrics[f"eval_score_scale_{scale:g}_se"] = scores.std(correction=0).item() / math.sqrt(len(scores))
         metrics[f"eval_response_len_scale_{scale:g}"] = sum(row[5] for row in rows) / len(rows)
         metrics[f"eval_finished_scale_{scale:g}"] = sum(row[4] for row in rows) / len(rows)
-        table += [{"scale": scale, "prompt": row[1], "response": row[2], "score": row[3]} for row in rows]
+        for _, prompt, response, score, finished, _ in rows:
+            found = {"prompt": prompt, "response": response, "score": score, "finished": finished}
+            table.append({"scale": scale, **found})
     return metrics, table
 
 

@@ -428,7 +428,7 @@ def evaluate(policy, prompts, reward, args, tokenizer, eos):
     """Mean score of one greedy response per prompt and of `eval_samples` sampled ones at fixed noise.
 
     Communication: scores and texts are gathered over dp.
-    Returns: metrics, and rows of (kind, prompt, response, score), of all samples of all ranks
+    Returns: metrics, and rows of (kind, prompt, response, score, finished), of all samples of all ranks
     """
     mesh, metrics, table = policy.mesh, {}, []
     for kind, temperature, count in (
@@ -463,7 +463,9 @@ def evaluate(policy, prompts, reward, args, tokenizer, eos):
             metrics["eval_score_sampled_se"] = scores.std(correction=0).item() / math.sqrt(count)
             metrics["eval_finished"] = sum(row[4] for row in rows) / count
             metrics["eval_response_len"] = sum(row[5] for row in rows) / count
-        table += [{"kind": kind, "prompt": row[1], "response": row[2], "score": row[3]} for row in rows]
+        for _, prompt, response, score, finished, _ in rows:
+            found = {"prompt": prompt, "response": response, "score": score, "finished": finished}
+            table.append({"kind": kind, **found})
     return metrics, table
 
 

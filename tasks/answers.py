@@ -48,6 +48,8 @@ def split_answer(row: Row) -> Row:
         fields |= {name: row[name][-1]["content"] for name in pair}
         fields |= {"messages": opening, "reference": fields["chosen"]}
     elif name := next((name for name in FIELDS if name in row), None):
+        if not {"prompt", "messages", "text"} & row.keys():
+            raise row.misfit(f"`prompt` beside `{name}` (of whole dialogues, tasks/preferences.py makes both)")
         fields["reference"] = row.text(name)
     elif isinstance(row.get("messages"), list) and row["messages"] and is_message(row["messages"][-1]):
         *opening, last = row["messages"]

@@ -103,6 +103,9 @@ def learnt(tokenizer, example):
 def test_load_tokenizer_rejects_a_folder_without_one(tmp_path, gpt):
     with pytest.raises(ValueError, match=f"no tokenizer can be loaded from the folder {tmp_path}.*--tokenizer"):
         load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # for which transformers makes one of no words
+    with pytest.raises(ValueError, match=f"from the folder {tmp_path}.*has no vocabulary"):
+        load_tokenizer(str(tmp_path))
     gpt.save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path))("the cat")["input_ids"] == gpt("the cat")["input_ids"]
 

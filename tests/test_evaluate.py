@@ -21,7 +21,7 @@ from parallel.reward import save_reward_model
 from parallel.rows import Row
 from tasks.answers import count_common, rouge_l, split_answer
 from tasks.judges import is_same_judge
-from tasks.random_walks import make_tokenizer, optimality
+from tasks.random_walks import make_tokenizer, optimality, walks
 from tasks.rewards import Sample
 from tests.scripts import make_tiny_model, run_on_ranks
 
@@ -244,11 +244,21 @@ def test_both_orders(place):
     assert 0 < metrics["order_dependent"] < 1 and "depend on order" in out
 
 
-def test_defaults_compare_the_task_with_itself(tmp_path_factory):
-    args = evaluate.Args()
-    rows = [split_answer(row) for row in evaluate.load_rows(args.data)]
-    assert len(rows) == 1000 and all(len(row["reference"]) for row in rows)
-    assert optimality([Sample(rows[0]["prompt"], rows[0]["reference"])])[0] >= 0
+def test_defaults_compare_with_the_walks(tmp_path):
+    """On a policy that has learnt nothing, which needs no making; the folder is refused to a second run."""
+    flags = ("--model", "tasks.random_walks:untrained_policy", "--num-prompts", 60)
+    results, rows, out = run(tmp_path, *flags)
+    for row, walk in zip(rows, walks()[:60], strict=True):
+        assert (row["prompt"], row["other_response"]) == (walk["prompt"], walk["completion"])
+        samples = [Sample(row["prompt"], row[name]) for name in ("response", "other_response")]
+        assert optimality(samples) == [row["score"], row["other_score"]]
+    [metrics] = results["settings"]
+    assert metrics["win_rate"] < 0.4 < metrics["other_score"] + 0.1 and metrics["score"] < 0.1
+    for name in ("results.json", "samples.jsonl"):
+        assert f"runs/evaluate/{name}" in out
+    again = (*flags, "--output-dir", "runs/evaluate", "--sampling.temperature", 0)
+    assert refused(tmp_path, *again) == "runs/evaluate holds a run: --overwrite replaces it"
+    assert run(tmp_path, *again, "--overwrite")[0]["settings"][0]["setting"] == "greedy"
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
@@ -373,7 +383,7 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
         ([], (), "no rows in"),
         ([{"prompt": "a"}], (), "needs a reference answer, for --against data: `completion`, `chosen` or `response`"),
         ([{"prompt": "a", "rejected": "b"}], (), "line 1: needs `chosen` beside `rejected`; it has prompt, rejected"),
-        ([{"chosen": "a", "rejected": "b"}], (), "line 1: needs `prompt` or `messages`; it has chosen, rejected"),
+        ([{"chosen": "a", "rejected": "b"}], (), "line 1: needs `prompt` beside `chosen` (of whole dialogues, "),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], (), "are the same text"),
         ([{"prompt": "a", "chosen": ["b"], "rejected": "c"}], (), "both as strings or both as messages"),
         ([{"prompt": "a", "chosen": "ab"}] * 4, (), "the answer begins with the prompt, as in all rows"),

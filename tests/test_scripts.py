@@ -108,7 +108,7 @@ def test_run_folder_holds_what_the_design_says(default_runs):
     heads = load_file(run_folder / "model/heads.safetensors")
     assert heads["value_head.weight"].shape == (1, 144)
     samples = [json.loads(line) for line in (run_folder / "samples.jsonl").read_text().splitlines()]
-    assert all(set(sample) == {"iteration", "kind", "prompt", "response", "score"} for sample in samples)
+    assert all(set(sample) == {"iteration", "kind", "prompt", "response", "score", "finished"} for sample in samples)
     for row in read_rows(run_folder, "eval"):  # every sample of every evaluation is kept: its mean comes out
         for kind, count in (("greedy", 20), ("sampled", 2000)):
             of_kind = [(s["iteration"], s["kind"]) == (row["iteration"], kind) for s in samples]
