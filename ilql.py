@@ -42,6 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.adapters import Lora, Tuning, set_trained
 from parallel.checkpoint import eos_ids, holds_heads, load_decoder, load_heads, read_config, save_decoder
 from parallel.collectives import Axis
 from parallel.data import (
@@ -147,6 +148,11 @@ class Args:
     """alpha of eq. 7"""
     target_sync_steps: int = 5
     """optimizer steps from one update of the target heads to the next (eq. 7)"""
+    freeze: tuple[str, ...] = ()
+    """parts that keep their weights: embedding, layers.0-5, lm_head, ... or patterns of names such as *.bias"""
+    unfrozen_layers: int = 0
+    """upper layers that train, with what lies above them; 0 = all"""
+    lora: Lora = field(default_factory=Lora)
     optim: Optim = field(default_factory=partial(Optim, lr=1e-3, schedule="cosine"))
     sampling: Sampling = field(default_factory=Sampling)
     layout: Layout = field(default_factory=Layout)
@@ -158,6 +164,7 @@ class Args:
     def __post_init__(self):
         counts = "batch_size microbatch_size eval_every save_every log_every target_sync_steps"
         zero = "max_steps max_len eval_samples gamma cql_coef awac_coef awac_beta rollout_timeout plan world_size"
+        zero += " unfrozen_layers"
         check_flags(self, {1: counts, 0: zero})
         if not 0 < self.expectile < 1:
             raise ValueError(f"--expectile {self.expectile} is not between 0 and 1; 0.5 is the mean")
@@ -167,6 +174,11 @@ class Args:
             raise ValueError(f"--advantage-scales {self.advantage_scales} should be finite numbers, at least one")
         if len({f"{scale:g}" for scale in self.advantage_scales}) < len(self.advantage_scales):
             raise ValueError(f"--advantage-scales {self.advantage_scales} holds a scale twice")
+
+    @property
+    def tuning(self) -> Tuning:
+        """What of the policy trains."""
+        return Tuning(self.freeze, self.unfrozen_layers, self.lora)
 
     def job(self) -> Job:
         """What --plan counts."""
@@ -506,7 +518,7 @@ def main(args: Args) -> None:
 
     # model: the policy, Q heads with their targets, and a value head
     tokenizer = load_tokenizer(args.tokenizer or folder)
-    policy = load_decoder(folder, mesh, dtype)
+    policy = set_trained(load_decoder(folder, mesh, dtype), args.tuning, args.seed)
     check_vocabulary(tokenizer, policy.config)
     eos = eos_ids(folder, tokenizer)
     heads = make_heads(policy.config, args, dtype, mesh)

@@ -28,7 +28,7 @@ import math
 import time
 import warnings
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -36,6 +36,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from parallel.adapters import Lora, Tuning, make_reference, set_trained
 from parallel.checkpoint import eos_ids, load_decoder, read_config, save_decoder
 from parallel.data import (
     check_vocabulary,
@@ -158,6 +159,12 @@ class Args:
     """learning rate of value head and value model; 0 = that of the policy"""
     value_warmup_iterations: int = 0
     """first iterations, in which only the value function learns"""
+    freeze: tuple[str, ...] = ()
+    """parts that keep their weights: embedding, layers.0-5, lm_head, ... or patterns of names such as *.bias"""
+    unfrozen_layers: int = 0
+    """upper layers that train, with what lies above them; the reference shares the rest, which is computed once;
+    0 = all"""
+    lora: Lora = field(default_factory=Lora)
     optim: Optim = field(default_factory=partial(Optim, lr=2e-4, schedule="linear"))
     sampling: Sampling = field(default_factory=Sampling)
     layout: Layout = field(default_factory=Layout)
@@ -170,7 +177,7 @@ class Args:
         counts = "batch_size minibatch_size microbatch_size samples_per_prompt epochs eval_every save_every log_every"
         zero = "prompt_tokens max_iterations eval_samples value_warmup_iterations eval_temperature gamma gae_lambda"
         zero += " rollout_timeout clip_range value_clip_range value_coef max_kl kl_coef kl_target score_clip value_lr"
-        zero += " plan world_size"
+        zero += " plan world_size unfrozen_layers"
         check_flags(self, {1: counts, 0: zero})
         if self.kl_target and not self.kl_coef:
             raise ValueError("--kl-target steers --kl-coef by factors: with --kl-coef 0 it would stay 0")
@@ -182,8 +189,18 @@ class Args:
             )
         if self.advantage != "gae" and self.samples_per_prompt < 2:
             raise ValueError(f"--advantage {self.advantage} compares samples of a prompt: --samples-per-prompt >= 2")
+        if self.unfrozen_layers and self.kl_coef and self.layout.pp > 1:
+            raise ValueError(
+                "--unfrozen-layers has the reference share frozen layers, which --layout.pp divides into stages: use "
+                "--lora.rank, whose reference is the adapters left out, or --freeze layers.0-N, with a whole reference"
+            )
         if self.sampling.temperature == 0:
             raise ValueError("--sampling.temperature 0 is greedy; rollouts need a temperature above 0")
+
+    @property
+    def tuning(self) -> Tuning:
+        """What of policy and value model trains."""
+        return Tuning(self.freeze, self.unfrozen_layers, self.lora)
 
     def job(self) -> Job:
         """What --plan counts."""
@@ -409,18 +426,26 @@ def describe_tokens(roles, rollout, temperature, microbatches):
     def place(into, microbatch, numbers):  # [tokens] to their places in [batch, seq_len]
         into.view(-1)[microbatch["source"][microbatch["response_mask"]]] = numbers.to(dtype)
 
-    trained = {role: roles[role] for role in ("policy", "value_model") if role in roles}
-    for microbatch, (logprobs, _, new_values) in forward_only(
-        trained, packed, partial(read_heads, roles=roles, temperature=temperature)
-    ):
+    def read(hidden, microbatch):
+        logprobs, _, new_values = read_heads(hidden, microbatch, roles, temperature)
         place(old_logprobs, microbatch, logprobs)
         if new_values is not None:
             place(values, microbatch, new_values)
-    if ref_policy is None:
-        return old_logprobs, old_logprobs, values
-    for microbatch, hidden in forward_folded(ref_policy, packed, policy.mesh):
+        if "ref_policy" in hidden:
+            read_reference(hidden["ref_policy"], microbatch)
+
+    def read_reference(hidden, microbatch):
         logprobs, _, _ = read_heads({"policy": hidden}, microbatch, {"policy": ref_policy}, temperature)
         place(ref_logprobs, microbatch, logprobs)
+
+    shares = ref_policy is not None and ref_policy.trunk is not None  # then it runs beside the policy
+    names = ("policy", "value_model", "ref_policy") if shares else ("policy", "value_model")
+    forward_only({role: roles[role] for role in names if role in roles}, packed, read)
+    if ref_policy is None:
+        return old_logprobs, old_logprobs, values
+    if not shares:
+        for microbatch, hidden in forward_folded(ref_policy, packed, policy.mesh):
+            read_reference(hidden, microbatch)
     return old_logprobs, ref_logprobs, values
 
 
@@ -615,14 +640,17 @@ def main(args: Args) -> None:
 
     # models: the policy, its frozen reference and a value function
     tokenizer = load_tokenizer(args.tokenizer or folder)
-    policy = load_decoder(folder, mesh, dtype)
+    policy = set_trained(load_decoder(folder, mesh, dtype), args.tuning, args.seed)
     check_vocabulary(tokenizer, policy.config)
     eos = eos_ids(folder, tokenizer)
     roles = {"policy": policy}
-    if args.kl_coef:  # frozen: it has no stages, see `forward_folded`
-        roles["ref_policy"] = load_decoder(folder, mesh.folded, dtype).requires_grad_(False)
+    if args.kl_coef:  # shares what does not train; else a copy without stages, see `forward_folded`
+        shared = make_reference(policy)
+        roles["ref_policy"] = shared or load_decoder(folder, mesh.folded, dtype).requires_grad_(False)
     if args.advantage == "gae":
         roles |= make_value_function(args.value_model, policy, tokenizer, mesh, dtype)
+        if "value_model" in roles:
+            set_trained(roles["value_model"], replace(args.tuning, lora=replace(args.lora, adapters="")), args.seed)
     model = data_parallel(roles, mesh, args.layout)
     value_lr = args.value_lr or args.optim.lr
     lr = {"policy": args.optim.lr, "value_model": value_lr, "value_head": value_lr}
@@ -746,7 +774,8 @@ def main(args: Args) -> None:
         kl_coef = state.kl_coef
         rewards, kl = shape_rewards(token_scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef)
         kl_per_sequence = kl.sum(1).mean().item()
-        if state.optimizer_steps == 0 and dtype != torch.bfloat16 and kl.abs().max() > MAX_LOG_RATIO:
+        is_copy = state.optimizer_steps == 0 and not args.lora.adapters  # of the reference
+        if is_copy and dtype != torch.bfloat16 and kl.abs().max() > MAX_LOG_RATIO:
             raise RankError(f"KL of {kl.abs().max():.2e} nats on a token between a policy and its own copy")
 
         # advantages

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.adapters import Lora, Tuning, set_trained
 from parallel.checkpoint import load_decoder, read_config
 from parallel.data import check_vocabulary, epoch_order, join_parts, load_tokenizer, rows_at, split_turns
 from parallel.data_parallel import data_parallel
@@ -100,6 +101,11 @@ class Args:
     """pairs of an optimizer step, over all ranks"""
     microbatch_size: int = 64
     """pairs of a forward and backward, per rank; changes memory and speed only"""
+    freeze: tuple[str, ...] = ()
+    """parts that keep their weights: embedding, layers.0-5, ... or patterns of names such as *.bias"""
+    unfrozen_layers: int = 0
+    """upper layers that train, with what lies above them; 0 = all"""
+    lora: Lora = field(default_factory=Lora)
     optim: Optim = field(default_factory=partial(Optim, lr=5e-4, schedule="cosine", warmup_steps=10))
     layout: Layout = field(default_factory=Layout)
     plan: float = 0.0
@@ -110,8 +116,16 @@ class Args:
     def __post_init__(self):
         check_flags(
             self,
-            {1: "batch_size microbatch_size eval_every save_every log_every", 0: "max_steps max_len plan world_size"},
+            {
+                1: "batch_size microbatch_size eval_every save_every log_every",
+                0: "max_steps max_len plan world_size unfrozen_layers",
+            },
         )
+
+    @property
+    def tuning(self) -> Tuning:
+        """What of the model trains."""
+        return Tuning(self.freeze, self.unfrozen_layers, self.lora)
 
     def job(self) -> Job:
         """What --plan counts."""
@@ -373,6 +387,7 @@ def main(args: Args) -> None:
         hidden_size, wide = reward_model.config.hidden_size, torch.promote_types(dtype, torch.float32)
         reward_head = ScalarHead(hidden_size, mesh, wide, std=1 / math.sqrt(hidden_size + 1), seed=args.seed)
     reward_head.bias.requires_grad_(False).zero_()
+    set_trained(reward_model, args.tuning, args.seed)
     check_vocabulary(tokenizer, reward_model.config)
     roles = {"reward_model": reward_model, "reward_head": reward_head}
     model = data_parallel(roles, mesh, args.layout)

@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from parallel.adapters import Lora, Tuning, set_trained
 from parallel.checkpoint import load_decoder, read_config, save_decoder
 from parallel.data import check_vocabulary, load_tokenizer, pack_batch, pad_batch, rows_at, sft_examples
 from parallel.data_parallel import data_parallel
@@ -83,6 +84,11 @@ class Args:
     """demonstrations of an optimizer step, over all ranks"""
     microbatch_size: int = 100
     """demonstrations of a forward and backward, per rank; changes memory and speed only"""
+    freeze: tuple[str, ...] = ()
+    """parts that keep their weights: embedding, layers.0-5, lm_head, ... or patterns of names such as *.bias"""
+    unfrozen_layers: int = 0
+    """upper layers that train, with what lies above them; 0 = all"""
+    lora: Lora = field(default_factory=Lora)
     optim: Optim = field(default_factory=partial(Optim, lr=1e-3))
     layout: Layout = field(default_factory=Layout)
     plan: float = 0.0
@@ -93,8 +99,16 @@ class Args:
     def __post_init__(self):
         check_flags(
             self,
-            {1: "batch_size microbatch_size eval_every save_every log_every", 0: "max_steps max_len plan world_size"},
+            {
+                1: "batch_size microbatch_size eval_every save_every log_every",
+                0: "max_steps max_len plan world_size unfrozen_layers",
+            },
         )
+
+    @property
+    def tuning(self) -> Tuning:
+        """What of the policy trains."""
+        return Tuning(self.freeze, self.unfrozen_layers, self.lora)
 
     def job(self) -> Job:
         """What --plan counts."""
@@ -172,7 +186,7 @@ def main(args: Args) -> None:
 
     # model and data
     tokenizer = load_tokenizer(args.tokenizer or folder)
-    policy = load_decoder(folder, mesh, getattr(torch, args.dtype))
+    policy = set_trained(load_decoder(folder, mesh, getattr(torch, args.dtype)), args.tuning, args.seed)
     check_vocabulary(tokenizer, policy.config)
     model = data_parallel({"policy": policy}, mesh, args.layout)
     optimizer = AdamW(model, args.optim.lr, args.optim.betas, args.optim.eps, args.optim.weight_decay)

@@ -27,6 +27,7 @@ HEADS = ("lm_head.weight", "embed_out.weight")  # transformers 5 holds GPT-NeoX'
 # buffers that files of some families hold, and the head of a reward model
 IGNORED = re.compile(r"(\.attn(ention)?\.(masked_)?bias|rotary_emb\.inv_freq|^score\.weight)$")
 CLASSIFIER = "ForSequenceClassification"  # how the architecture of a reward model ends
+ADAPTERS = "adapters"  # .safetensors and .json beside a model that was trained with them
 LM_HEAD = re.compile(r"^(lm_head|embed_out)\.(weight|bias)$")
 
 # --- Hugging Face folders -------------------------------------------------------------------------------------------
@@ -272,14 +273,17 @@ def save_decoder(
 ) -> None:
     """Writes a folder that plain AutoModelForCausalLM and AutoTokenizer open, replacing one that is there.
 
+    Adapters are merged into the weights, and written beside them, too.
     Args: heads: role -> head, written beside the model as heads.safetensors and heads.json.
     Communication: that of `hf_tensors` and `full_tensor`, and one barrier; rank 0 writes.
     """
     head_tensors = full_heads(heads or {}, mesh)
+    adapters = full_adapters(decoder)
     tensors = hf_tensors(decoder)
 
     def write(temporary: Path) -> None:
         write_model(temporary, decoder, decoder.hf_config, tensors, tokenizer)
+        write_adapters(temporary, decoder, adapters)
         if heads:
             write_heads(temporary, heads, head_tensors)
 
@@ -317,6 +321,21 @@ def write_model(
         os.rename(folder / f"part-{i}", folder / file)
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": {n: file_of[i] for n, i in weight_map.items()}}
     write_json(folder / "model.safetensors.index.json", index)
+
+
+def full_adapters(decoder: Decoder) -> dict[str, Tensor]:
+    """The adapters by name in full shapes, on the first replica. Communication: that of `Decoder.full_parameters`."""
+    return dict(decoder.full_parameters(adapters=True)) if decoder.tuning is not None else {}
+
+
+def write_adapters(folder: Path, decoder: Decoder, adapters: dict[str, Tensor]) -> None:
+    """adapters.safetensors and adapters.json (of which base, and how they are applied) of a decoder that has any."""
+    if not adapters:
+        return
+    lora = decoder.tuning.lora
+    save_file({name: x.contiguous() for name, x in adapters.items()}, folder / f"{ADAPTERS}.safetensors")
+    said = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+    write_json(folder / f"{ADAPTERS}.json", {"base": decoder.source, "fingerprint": decoder.base, **said})
 
 
 def full_heads(heads: dict[str, nn.Module], mesh: Mesh) -> dict[str, dict[str, Tensor]]:

@@ -253,9 +253,7 @@ class DataParallel:
     def __init__(self, roles: dict[str, nn.Module], mesh: Mesh, layout: Layout):
         self.roles, self.mesh, self.layout = roles, mesh, layout
         self.decoders = {  # those that train, stage by stage: what `forward_backward` runs
-            role: module
-            for role, module in roles.items()
-            if isinstance(module, Decoder) and any(p.requires_grad for p in module.parameters())
+            role: module for role, module in roles.items() if isinstance(module, Decoder) and trains(module)
         }
         self.reduce_in_bfloat16 = layout.reduce_dtype == "bfloat16"
         self.grad_norm: float | None = None  # set by clip_grad_norm, read by the optimizer
@@ -287,13 +285,19 @@ class DataParallel:
                 for unit in units_of[role]:
                     if unit.zero == 3 and unit.full is None:
                         unit.shard(role not in self.decoders and "frozen" in layout.offload)
-                if any(unit.zero == 3 for unit in units_of[role]):
-                    module.shards = Shards(role, module, units_of[role], self._whole)
+                sections = [self.units_with(parameters) for parameters in module.sections()]
+                if any(unit.zero == 3 for section in sections for unit in section):
+                    module.shards = Shards(sections, units_of[role], self._whole)
         for unit in self._order:
             unit.allocate_gradients()
             if unit.dp.size > 1:
                 for i, parameter in enumerate(unit.parameters):
                     parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, unit, i))
+
+    def units_with(self, parameters: list[nn.Parameter]) -> list[Unit]:
+        """The units that any of the parameters lies in."""
+        wanted = set(parameters)
+        return [unit for unit in self.units if not wanted.isdisjoint(unit.parameters)]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Full names, <role>.<name in its module>, and parameters; a tied one appears once."""
@@ -421,6 +425,12 @@ def sum_partial_gradients(unit: Unit) -> None:
         view.copy_(summed.view_as(x)[place])
 
 
+def trains(decoder: Decoder) -> bool:
+    """Whether any part of a decoder trains, if not on this stage then on another: frozen ones have no stages, but for a
+    reference that shares its weights with one that trains."""
+    return any(p.requires_grad for p in decoder.parameters()) or (decoder.mesh.pp.size > 1 and decoder.trunk is None)
+
+
 def on_host(x: Tensor) -> Tensor:
     """A copy in the host's memory, from where a GPU can read it while it works."""
     return torch.empty_like(x, device="cpu", pin_memory=x.is_cuda).copy_(x)
@@ -533,6 +543,8 @@ def describe_nonfinite(model: DataParallel, mesh: Mesh) -> str | None:
     """
     trainable = [unit for unit in model.units if unit.trainable]
     places = [(unit, i) for unit in trainable for i in range(len(unit.names))]
+    if not places:  # a stage all of whose parts are frozen
+        return None
     flags = [~unit.own(unit.flat_grad)[unit.overlap(i)[0]].isfinite().all() for unit, i in places]
     flags = torch.stack(flags).to(torch.uint8)
     all_reduce_(flags, mesh.dp, "max")

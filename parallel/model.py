@@ -28,6 +28,7 @@ from parallel.tensor import (
     VocabParallelHead,
     fill_local,
     full_tensor,
+    merge,
     placements,
 )
 
@@ -231,7 +232,8 @@ class Decoder(nn.Module):
 
     Args: seed: every parameter is drawn from a generator seeded by (seed, its name); None leaves them uninitialised.
         lm_head: False leaves out an LM head of its own, of which a reward or value model has no use. has_storage:
-        False: parameters have their shapes and no memory, until somebody gives it to them.
+        False: parameters have their shapes and no memory, until somebody gives it to them. start: the first layer;
+        from 1 on there are no embeddings, and `forward` reads what the layer before gave.
     Raises: ValueError if tp or pp do not fit the model.
     Source: the families' papers; `DecoderConfig` says which parts.
     """
@@ -240,6 +242,9 @@ class Decoder(nn.Module):
     shards = None  # a `parallel.reshard.Shards` if weights are gathered when a pass comes to them
     fold = None  # a `parallel.reshard.Fold` once rollouts have had all layers on every stage
     files = None  # the `parallel.checkpoint.WeightFiles` that parameters without storage are still to be read from
+    tuning = None  # the `parallel.adapters.Tuning` whose adapters its layers have
+    base = ""  # the fingerprint of the weights that adapters were added to
+    trunk = None  # the decoder with which it shares what does not train, see `parallel.adapters.make_reference`
 
     def __init__(
         self,
@@ -249,6 +254,7 @@ class Decoder(nn.Module):
         seed: int | None = 0,
         lm_head: bool = True,
         has_storage: bool = True,
+        start: int = 0,
     ):
         super().__init__()
         self.config, self.mesh, self.dtype, self.has_lm_head = config, mesh, dtype, lm_head
@@ -259,6 +265,8 @@ class Decoder(nn.Module):
         if mesh.pp.size > 1:
             self.layers_by_part = config.layers_by_part(mesh.layout, lm_head)
         self.chunks = layers_of_stage(self.layers_by_part, mesh.pp.rank, mesh.pp.size)
+        if start:
+            self.chunks = [range(start, config.num_layers)]
         self.is_first = self.chunks[0].start == 0
         self.is_last = self.chunks[-1].stop == config.num_layers
         self.ties_lm_head = lm_head and config.tied_embeddings
@@ -302,15 +310,33 @@ class Decoder(nn.Module):
         """[padded_vocab / tp]; on the last stage"""
         return None if self.lm_head is None else self.lm_head.bias
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights by name in full shapes without padding, one at a time. Under zero 3 only the first replica gets them.
+    def local_parameters(self, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """This rank's weights by name with adapters merged into them, or the adapters alone.
 
-        Communication: one all-gather over dp per unit under zero 3, one over tp per parameter sharded there; with
-        stages one broadcast over pp per parameter, with its name and shape.
+        Communication: under zero 3 one all-gather over dp per unit; then only the first replica gets any.
+        """
+
+        def stored(of_adapters: bool) -> Iterator[tuple[str, Tensor]]:
+            whole = self.named_parameters() if self.shards is None else self.shards.whole_parameters(of_adapters)
+            return ((name, p.detach()) for name, p in whole if (".adapter." in name) == of_adapters)
+
+        if adapters:
+            yield from stored(True)
+            return
+        low_rank = dict(stored(True)) if self.tuning is not None else {}
+        for name, weight in stored(False):
+            a, b = (low_rank.get(f"{name.removesuffix('weight')}adapter.{x}") for x in "ab")
+            yield name, weight if a is None else merge(weight, a, b, self.tuning.lora.scale)
+
+    def full_parameters(self, adapters: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """What `local_parameters` gives in full shapes without padding, one at a time, on the first replica.
+
+        Communication: that of `local_parameters`, one all-gather over tp per parameter sharded there; with stages one
+        broadcast over pp per parameter, with its name and shape.
         """
         assert self.files is None, "weights that data_parallel has not read yet"
-        parameters = self.named_parameters() if self.shards is None else self.shards.whole_parameters()
-        local = ((name, full_tensor(p.detach(), self.placements[name], self.mesh.tp)) for name, p in parameters)
+        parameters = self.local_parameters(adapters)
+        local = ((name, full_tensor(p, self.placements[name], self.mesh.tp)) for name, p in parameters)
         pp = self.mesh.pp
         if pp.size == 1:
             yield from local
@@ -327,6 +353,16 @@ class Decoder(nn.Module):
                 broadcast_(full, pp, stage)
                 if stage == 0 or name != "embedding.weight":  # else the twin of a tied one
                     yield name, full
+
+    def sections(self) -> list[list[nn.Parameter]]:
+        """Parameters that passes through this rank's part need one after the other: those of the embeddings, of each
+        layer, and of the output, to which a tied embedding of the same rank belongs, too."""
+        inputs = [self.embedding if self.is_first else None, self.position_embedding]
+        output = [self.final_norm, self.lm_head]
+        if self.ties_lm_head and self.mesh.pp.size == 1:
+            output.append(self.embedding)
+        modules = [inputs, *([layer] for layer in self.layers.values()), output]
+        return [[p for module in part if module is not None for p in module.parameters()] for part in modules]
 
     def enter(self, section: int, x: Tensor | None) -> None:
         """Has the weights of a section at hand: the embeddings, layer by layer, the output; x is what it reads."""

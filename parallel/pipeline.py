@@ -175,13 +175,22 @@ class Walk:
         _, chunk, i = action
         microbatch, inputs = self.microbatches[i], self.receive(action)
         part = chunk * self.mesh.pp.size + self.mesh.pp.rank
-        states = {}
+        states, forks = {}, {}
+        starts = {x.trunk: x.chunks[0].start for x in self.decoders.values() if x.trunk is not None}
+        branches = {trunk: start for trunk, start in starts.items() if start and part == 0}
         for role, decoder in self.decoders.items():
             x = microbatch["input_ids"]
             if part > 0:
                 x = inputs[role] = inputs[role].requires_grad_(torch.is_grad_enabled())
             layers = decoder.chunks[chunk]
-            states[role] = decoder(x, microbatch["position_ids"], microbatch["first_key"], layers=layers)
+            where = microbatch["position_ids"], microbatch["first_key"]
+            branch = branches.get(decoder)
+            if branch is not None:  # what both of them read is computed once
+                x = forks[decoder] = decoder(x, *where, layers=range(branch))
+                layers = range(branch, layers.stop)
+            elif layers.start > 0 and part == 0:
+                x = forks[decoder.trunk]
+            states[role] = decoder(x, *where, layers=layers)
         if part == self.num_parts - 1:
             for decoder in self.decoders.values():
                 if decoder.shards is not None:
@@ -191,7 +200,8 @@ class Walk:
             self.outbox = {role: x.detach() for role, x in states.items()}
             outputs = []
             if torch.is_grad_enabled():  # the states themselves may go once they are sent
-                outputs = [torch.autograd.graph.get_gradient_edge(x) for x in states.values()]
+                edge = torch.autograd.graph.get_gradient_edge
+                outputs = [edge(x) if x.requires_grad else None for x in states.values()]  # None: all is frozen
         if torch.is_grad_enabled():
             self.inputs[chunk, i], self.outputs[chunk, i] = inputs, outputs
 
@@ -199,8 +209,10 @@ class Walk:
         """The gradients of a chunk's weights, and those of its inputs, which the stage before waits for."""
         _, chunk, i = action
         inputs, outputs = self.inputs.pop((chunk, i)), self.outputs.pop((chunk, i))
-        gradients = list(self.receive(action).values()) or None
-        torch.autograd.backward(outputs, gradients)
+        gradients = list(self.receive(action).values()) or [None]
+        pairs = [(x, grad) for x, grad in zip(outputs, gradients, strict=True) if x is not None]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs, strict=True))
         self.outbox = {role: torch.zeros_like(x) if x.grad is None else x.grad for role, x in inputs.items()}
 
 

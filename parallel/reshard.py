@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from parallel.adapters import attach_adapters
 from parallel.collectives import broadcast_
 from parallel.model import Decoder, free_storage
 
@@ -29,15 +30,13 @@ class Shards:
     reads announces that the section is done; the gather for it serves recomputation, too, and comes right before it.
     An output section stays from its forward to its backward, since losses read the head. Tensors saved for the
     backward refer to the parameters, hold no memory while those are freed, and raise if they are used then.
-    Args: units: those of one decoder. in_use: units that are whole at the moment, with the number of backward passes
-        that each waits for; one for all decoders of a model, so that a pass of one frees what another left.
+    Args: sections: the units of each, those that no zero 3 divides included. units: those of the decoder alone; it may
+        share others with a decoder that trains. in_use: units that are whole at the moment, with the number of backward
+        passes that each waits for; one for all decoders of a model, so that a pass of one frees what another left.
     """
 
-    def __init__(self, role: str, decoder: Decoder, units: "list[Unit]", in_use: "Counter[Unit]"):
-        names = ["input", *(f"layers.{i}" for i in decoder.layers), "output"]
-        self.sections = [[u for u in units if u.name == f"{role}.{name}" and u.zero == 3] for name in names]
-        if decoder.ties_lm_head and decoder.mesh.pp.size == 1:
-            self.sections[-1] = self.sections[-1] + self.sections[0]
+    def __init__(self, sections: "list[list[Unit]]", units: "list[Unit]", in_use: "Counter[Unit]"):
+        self.sections = [[unit for unit in section if unit.zero == 3] for section in sections]
         self.all_units, self.units = units, [unit for unit in units if unit.zero == 3]
         self.in_use = in_use
         self.stays_whole = False  # during a rollout
@@ -100,10 +99,12 @@ class Shards:
         """Those that a parameter of this name in the decoder lies in, if they are shared out."""
         return [unit for unit in self.units if any(full.partition(".")[2] == name for full in unit.names)]
 
-    def whole_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Weights by their name in the decoder, gathered unit by unit; on the first replica alone."""
+    def whole_parameters(self, of_adapters: bool) -> Iterator[tuple[str, Tensor]]:
+        """Weights, or adapters, by their name in the decoder, gathered unit by unit; on the first replica alone."""
         for unit in self.all_units:
-            if unit.zero == 3 or self.units[0].dp.rank == 0:
+            if any(".adapter." in name for name in unit.names) != of_adapters:
+                continue
+            if unit.zero == 3 or self.all_units[0].dp.rank == 0:
                 for name, x in unit.tensors(unit.flat):
                     yield name.partition(".")[2], x
 
@@ -124,7 +125,10 @@ class Fold:
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
         where = decoder.config, decoder.mesh.folded, decoder.dtype
-        self.whole = Decoder(*where, seed=None, lm_head=decoder.has_lm_head, has_storage=False).requires_grad_(False)
+        self.whole = Decoder(*where, seed=None, lm_head=decoder.has_lm_head, has_storage=False)
+        if decoder.tuning is not None:
+            attach_adapters(self.whole, decoder.tuning)
+        free_storage(self.whole.requires_grad_(False))
 
     @torch.no_grad()
     def gather(self) -> None:

@@ -12,7 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from parallel.checkpoint import CLASSIFIER, WeightFiles, find_folder, hf_tensors, load_decoder, write_model
+from parallel.checkpoint import (
+    CLASSIFIER,
+    WeightFiles,
+    find_folder,
+    full_adapters,
+    hf_tensors,
+    load_decoder,
+    write_adapters,
+    write_model,
+)
 from parallel.data import pack_batch, pad_batch
 from parallel.files import read_json, write_folder
 from parallel.mesh import Mesh
@@ -88,10 +97,14 @@ def save_reward_model(
         "add_bos": add_bos,
     }
 
+    adapters = full_adapters(decoder)
     tensors = itertools.chain(hf_tensors(decoder), [("score.weight", head.weight.detach())])
-    write_folder(
-        Path(folder), lambda temporary: write_model(temporary, decoder, config, tensors, tokenizer), mesh, tensors
-    )
+
+    def write(temporary: Path) -> None:
+        write_model(temporary, decoder, config, tensors, tokenizer)
+        write_adapters(temporary, decoder, adapters)
+
+    write_folder(Path(folder), write, mesh, tensors)
 
 
 def list_eos(*sources) -> set[int]:

@@ -142,6 +142,30 @@ def fill_local(local: Tensor, full: Tensor, placement: Placement, axis: Axis) ->
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
+class Adapter(nn.Module):
+    """A low-rank update B A of a layer's weight W, which stays as it is: x W^T + scale (x A^T) B^T.
+
+    Of a layer divided by outputs B is divided like W and every rank has A; of one divided by inputs, the reverse. What
+    every rank has gets a part of its gradient on each; the layer says no more to other ranks than without it.
+
+    Args: placement: that of W.
+    Shapes: a [rank, inputs here], b [outputs here, rank]
+    Source: Hu et al. 2021 (arXiv 2106.09685), eq. 3.
+    """
+
+    def __init__(self, weight: Tensor, placement: "Placement", rank: int, scale: float, axis: Axis):
+        super().__init__()
+        self.scale = scale
+        self.a = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.b = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
+        whole = Placement(is_partial=axis.size > 1)
+        self.placements = {"a": placement, "b": whole} if placement.dim == 1 else {"a": whole, "b": placement}
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """What it adds to y, the layer's own product: [tokens, inputs here], [tokens, outputs here] -> like y"""
+        return torch.addmm(y, F.linear(x, self.a), self.b.t(), alpha=self.scale)
+
+
 class Linear(nn.Linear):
     """x W^T + b with weight [out_features, in_features]; its parameters start uninitialised."""
 
@@ -149,6 +173,7 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
         super().__init__(in_features, out_features, bias=bias, dtype=dtype)
+        self.adapter: Adapter | None = None  # see parallel/adapters.py
 
     def reset_parameters(self) -> None:
         """Leaves them: `initialise` or a checkpoint fills them."""
@@ -156,7 +181,19 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-        return F.linear(x, self.weight, bias)
+        y = F.linear(x, self.weight, bias)
+        return y if self.adapter is None else self.adapter(x, y)
+
+    def merged_weight(self) -> Tensor:
+        """The weight with its adapter's update in it; no gradient."""
+        weight = self.weight.detach()
+        return weight if self.adapter is None else merge(weight, self.adapter.a, self.adapter.b, self.adapter.scale)
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + scale B A of this rank, summed in at least float32; no gradient."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.addmm(weight.to(wide), b.detach().to(wide), a.detach().to(wide), alpha=scale).to(weight.dtype)
 
 
 class ColumnParallelLinear(Linear):
@@ -176,32 +213,43 @@ class ColumnParallelLinear(Linear):
     def forward(self, x: Tensor, sharded_tokens: bool = False) -> Tensor:
         if self.axis.size == 1 or not torch.is_grad_enabled():
             return self.product(all_gather(x, self.axis) if sharded_tokens else x, self.bias)
-        return ColumnProduct.apply(x, self.weight, self.bias, self.axis, sharded_tokens)
+        low_rank = (None, None, 0.0) if self.adapter is None else (self.adapter.a, self.adapter.b, self.adapter.scale)
+        return ColumnProduct.apply(x, self.weight, self.bias, *low_rank, self.axis, sharded_tokens)
 
 
 class ColumnProduct(torch.autograd.Function):
-    """x W^T + b for a sharded W, whose backward sums the gradient of x while it computes that of W."""
+    """x W^T + b, and an adapter's scale (x A^T) B^T, for sharded W and B; the backward sums the gradient of x over tp
+    while it computes those of the weights."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, axis, sharded_tokens):
-        ctx.save_for_backward(x, weight)
-        ctx.settings = axis, sharded_tokens, bias is not None
-        return F.linear(all_gather(x, axis) if sharded_tokens else x, weight, bias)
+    def forward(ctx, x, weight, bias, a, b, scale, axis, sharded_tokens):
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.settings = scale, axis, sharded_tokens, bias is not None
+        x = all_gather(x, axis) if sharded_tokens else x
+        y = F.linear(x, weight, bias)
+        return y if a is None else torch.addmm(y, F.linear(x, a), b.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        axis, sharded_tokens, has_bias = ctx.settings
+        x, weight, a, b = ctx.saved_tensors
+        scale, axis, sharded_tokens, has_bias = ctx.settings
         grad_x = grad @ weight
+        if a is not None:
+            grad_low = (grad @ b) * scale  # of x A^T: [tokens, rank]
+            grad_x.addmm_(grad_low, a)
+        reads_x = ctx.needs_input_grad[1] or a is not None
         if sharded_tokens:
             grad_x, pending = reduce_scatter_async(grad_x, axis)
-            x = all_gather(x, axis)
+            x = all_gather(x, axis) if reads_x else None
         else:
             pending = all_reduce_async_(grad_x, axis)
         grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
         grad_bias = grad.sum(0) if has_bias and ctx.needs_input_grad[2] else None
+        grad_a = grad_b = None
+        if a is not None:
+            grad_a, grad_b = grad_low.t() @ x, (grad.t() @ F.linear(x, a)) * scale
         pending.wait()
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
 
 
 class RowParallelLinear(Linear):
@@ -279,7 +327,7 @@ def packed_weights(module: nn.Module, num_rows: int):
         linears = []
     try:
         for linear in linears:
-            linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows)
+            linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.merged_weight(), num_rows)
         yield
     finally:
         for linear in linears:

@@ -17,6 +17,7 @@ import ppo
 import reward_model
 import sft
 from kernels.linear_logprobs import linear_logprobs
+from parallel.adapters import Tuning, set_trained
 from parallel.checkpoint import load_decoder, save_decoder
 from parallel.collectives import Pending, _Conjugate, all_gather, reduce_from_tp, reduce_scatter, traffic
 from parallel.data import Example, pack_batch, pad_batch
@@ -55,6 +56,7 @@ CASES = {
     "llama": dict(model_type="llama", **LLAMA, attention_bias=True),
     "qwen3": dict(model_type="qwen3", **LLAMA, head_dim=16, tie_word_embeddings=True),
 }
+ALL = Tuning()  # everything trains
 SCRIPTS = ("sft", "ppo", "reward_model", "ilql")
 DTYPES = {"float32": (1e-6, 5e-6), "float64": (1e-13, 1e-12)}  # tolerance of the loss, and of a gradient
 LENGTHS = (9, 2, 17, 5, 30, 3, 12, 8)  # tokens of the batch's sequences
@@ -146,12 +148,14 @@ def share(items, mesh):
     return list(items)[mesh.dp.rank * size : (mesh.dp.rank + 1) * size]
 
 
-def half_step(case, script, dtype, layout, size, num_layers=2):
+def half_step(case, script, dtype, layout, size, num_layers=2, tuning=ALL):
     """The model with its gradients, metrics and gradient norm, of a step with micro-batches of `size` sequences."""
     mesh, dtype = init_mesh(layout), getattr(torch, dtype)
     config = replace(config_from_hf(CASES[case], "test")[0], num_layers=num_layers)
     roles, microbatches, loss_fn = MAKE[script](config, mesh, dtype, size)
     for module in roles.values():
+        if isinstance(module, Decoder):
+            set_trained(module, tuning)
         draw(module, mesh)
     model = data_parallel(roles, mesh, layout)
     model.sent_before = Counter(traffic())
@@ -164,7 +168,7 @@ def step(*args):
     """Metrics, gradient norm and, on the first stage, all gradients in full shapes, by (unit, name)."""
     model, metrics, norm = half_step(*args)
     gradients = {}  # shared out, they are put together on the first replica alone
-    for unit in model.units:
+    for unit in [unit for unit in model.units if unit.trainable]:
         flat = unit.own(unit.flat_grad) if unit.zero else unit.flat_grad
         gradients |= {(unit.name, name): x.clone() for name, x in full_tensors(unit, flat).items()}
     of_stages = model.mesh.gather_objects(gradients, "pp")
@@ -465,7 +469,7 @@ def unequal_step(layout, counts):
     model.zero_grad()
     metrics = forward_backward(model, list(microbatches), loss_fn)
     gradients = {}
-    for unit in model.units:
+    for unit in [unit for unit in model.units if unit.trainable]:
         flat = unit.own(unit.flat_grad) if unit.zero else unit.flat_grad
         gradients |= {name: x.clone() for name, x in full_tensors(unit, flat).items()}
     return metrics["loss"], gradients
