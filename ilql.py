@@ -186,7 +186,7 @@ class Args:
         wide, n = max(itemsize, 4), config.hidden_size
         q_heads = (((2 * n, n), (2 * n,), ("vocab", 2 * n), ("vocab",))) * self.num_q_heads
         roles = {
-            "policy": Role(config, itemsize),
+            "policy": Role(config, itemsize, tuning=self.tuning.resolved()),
             "q_heads": Role(None, itemsize, shapes=q_heads),
             "value_head": Role(None, wide, shapes=((2 * n, n), (2 * n,), (1, 2 * n), (1,))),
             "target_q_heads": Role(None, wide, trainable=False, shapes=q_heads, in_units=False),

@@ -36,7 +36,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from parallel.adapters import Lora, Tuning, make_reference, set_trained
+from parallel.adapters import Lora, Tuning, make_reference, set_trained, shares_weights
 from parallel.checkpoint import eos_ids, load_decoder, read_config, save_decoder
 from parallel.data import (
     check_vocabulary,
@@ -205,13 +205,15 @@ class Args:
     def job(self) -> Job:
         """What --plan counts."""
         config, itemsize = read_config(self.model), getattr(torch, self.dtype).itemsize
-        roles = {"policy": Role(config, itemsize)}
+        tuning = self.tuning.resolved()
+        roles = {"policy": Role(config, itemsize, tuning=tuning)}
         if self.kl_coef:
-            roles["ref_policy"] = Role(config, itemsize, trainable=False)
+            shared = shares_weights(tuning, self.layout.pp)
+            roles["ref_policy"] = Role(config, itemsize, trainable=False, shared=shared, tuning=tuning)
         if self.advantage == "gae":
             if self.value_model != "head":
                 value_config = config if self.value_model == "copy" else read_config(self.value_model)
-                roles["value_model"] = Role(value_config, itemsize, lm_head=False)
+                roles["value_model"] = Role(value_config, itemsize, lm_head=False, tuning=tuning)
             roles["value_head"] = scalar_head(config.hidden_size, itemsize)
         if Path(self.reward).is_dir():
             reward_config = read_config(self.reward)

@@ -131,7 +131,7 @@ class Args:
         """What --plan counts."""
         config, itemsize = read_config(self.model), getattr(torch, self.dtype).itemsize
         roles = {
-            "reward_model": Role(config, itemsize, lm_head=False),
+            "reward_model": Role(config, itemsize, lm_head=False, tuning=self.tuning.resolved()),
             "reward_head": scalar_head(config.hidden_size, itemsize, bias=False),
             "reward_head.bias": Role(None, max(itemsize, 4), trainable=False, shapes=((1,),)),
         }

@@ -114,7 +114,7 @@ class Args:
         """What --plan counts."""
         config = read_config(self.model)
         seq_len = min(self.max_len or config.max_seq_len, config.max_seq_len)
-        roles = {"policy": Role(config, getattr(torch, self.dtype).itemsize)}
+        roles = {"policy": Role(config, getattr(torch, self.dtype).itemsize, tuning=self.tuning.resolved())}
         return Job(roles, self.batch_size, self.microbatch_size, seq_len, scored=seq_len - 1)
 
 

@@ -128,17 +128,28 @@ def matches(name: str, part: str) -> bool:
     return fnmatch.fnmatchcase(name, part) or fnmatch.fnmatchcase(name, f"{part}.*")
 
 
+def all_names(decoder: Decoder) -> list[str]:
+    """Names of the parameters of the whole model, from those of this stage."""
+    config, layers = decoder.config, decoder.layers.items()
+    of_layer = next([name for name, _ in layer.named_parameters()] for _, layer in layers)
+    names = [f"{name}.weight" for name in INPUTS[: 1 + config.learned_positions]]
+    names += [f"layers.{i}.{name}" for i in range(config.num_layers) for name in of_layer]
+    names += ["final_norm.weight"] + ["final_norm.bias"] * (config.norm == "layernorm")
+    if decoder.has_lm_head and not config.tied_embeddings:
+        names += ["lm_head.weight"] + ["lm_head.bias"] * config.head_bias
+    return names
+
+
 def set_trained(decoder: Decoder, tuning: Tuning, seed: int = 0) -> Decoder:
     """The decoder itself, with adapters and with `requires_grad` of every parameter as the flags say.
 
-    To be called before `data_parallel`. Communication: with stages one gather over pp of names.
+    To be called before `data_parallel`.
     Raises: ValueError naming the flag that does not fit, or the base that the adapters to begin with are of.
     """
     tuning = tuning.resolved()
     num_layers = decoder.config.num_layers
-    names = [name for name, _ in decoder.named_parameters()]
-    of_all_stages = [name for stage in decoder.mesh.gather_objects(names, "pp") for name in stage]
-    tuning.check(of_all_stages, num_layers, decoder.config.hidden_size)
+    tuning.check(all_names(decoder), num_layers, decoder.config.hidden_size)
+    decoder.tuning = tuning
     if tuning.lora.rank:
         decoder.base = fingerprint(decoder.source) if decoder.source else ""
         attach_adapters(decoder, tuning, seed)
@@ -155,7 +166,6 @@ def attach_adapters(decoder: Decoder, tuning: Tuning, seed: int = 0) -> None:
 
     Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; their A is normal.
     """
-    decoder.tuning = tuning
     for name, weight in list(decoder.named_parameters()):
         if not tuning.adapts(name, decoder.config.num_layers):
             continue
@@ -170,6 +180,11 @@ def attach_adapters(decoder: Decoder, tuning: Tuning, seed: int = 0) -> None:
     decoder.placements = placements(decoder)
 
 
+def shares_weights(tuning: Tuning, num_stages: int) -> bool:
+    """Whether a reference has weights of the policy's own: with stages only if all that trains is adapters."""
+    return bool(tuning.lora.rank) or (num_stages == 1 and tuning != Tuning())
+
+
 def make_reference(policy: Decoder) -> Decoder | None:
     """The policy as it is before it learns, without adapters: of what does not train it has the policy's own tensors.
 
@@ -177,10 +192,7 @@ def make_reference(policy: Decoder) -> Decoder | None:
     `forward_only` they do so once. With stages that is so only of adapters: the reference then lies on the same stages.
     Returns: None where nothing can be shared: the reference is then the model, loaded again.
     """
-    is_whole = all(parameter.requires_grad for parameter in policy.parameters())
-    if policy.mesh.pp.size > 1:
-        is_whole = policy.tuning is None
-    if is_whole:
+    if not shares_weights(policy.tuning, policy.mesh.pp.size):
         return None
     start = 0 if policy.mesh.pp.size > 1 else first_trained_layer(policy)
     where = policy.config, policy.mesh, policy.dtype

@@ -325,7 +325,7 @@ def write_model(
 
 def full_adapters(decoder: Decoder) -> dict[str, Tensor]:
     """The adapters by name in full shapes, on the first replica. Communication: that of `Decoder.full_parameters`."""
-    return dict(decoder.full_parameters(adapters=True)) if decoder.tuning is not None else {}
+    return dict(decoder.full_parameters(adapters=True)) if decoder.has_adapters else {}
 
 
 def write_adapters(folder: Path, decoder: Decoder, adapters: dict[str, Tensor]) -> None:

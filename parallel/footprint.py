@@ -17,6 +17,8 @@ heads, f the network, g = 2 of them where there are gate and up projections, els
     none         e (s h + s h + (2 a + 2 k + g f + f) / tp + 2 s h)  and what norms and activation functions give
 
 a parallel residual saves one s h; q/k norms keep their input, too, and every attention its [rows, len, len] mask.
+Layers below the first one that trains keep nothing; a frozen matrix without an adapter does not keep what it reads; an
+adapter of rank r keeps r more a token. Frozen weights have neither gradients nor optimizer state.
 """
 
 import functools
@@ -24,10 +26,10 @@ import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import NamedTuple
 
 from kernels.linear_logprobs import CHUNK_ELEMENTS
+from parallel.adapters import INPUTS, Tuning
 from parallel.data_parallel import ALIGNMENT
 from parallel.generation import CACHE_BLOCK, NUM_SLOTS, PREFILL_TOKENS
 from parallel.mesh import Layout, check_layout
@@ -38,6 +40,7 @@ from parallel.reshard import Shards, free_units
 from parallel.schedules import Action, Transfer
 from parallel.tensor import VOCAB_MULTIPLE, padded_vocab_size
 
+COLUMNS, ROWS = ("qkv", "ffn_in"), ("attn_out", "ffn_out")  # matrices of a layer, divided by outputs and by inputs
 CUDA_CONTEXT = 2**30  # what CUDA, its libraries and NCCL take of a GPU before the first tensor: about so much
 SCORED_TOGETHER = 32  # samples of a reward model's forward pass
 
@@ -52,6 +55,37 @@ class Role:
     lm_head: bool = True
     shapes: tuple[tuple, ...] = ()  # of a head's parameters; "vocab" is the vocabulary, padded and divided over tp
     in_units: bool = True  # in the model that trains, beside it otherwise
+    tuning: Tuning = Tuning()  # of a decoder that trains, or of the policy whose weights a reference shares
+    shared: bool = False  # a reference that shares what of the policy does not train
+
+    @property
+    def start(self) -> int:
+        """The first layer that anything trains in, or below in the embeddings; a shared reference begins there."""
+        return first_trained_layer(self.config, self.tuning)
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.tuning != Tuning()
+
+
+@functools.lru_cache(maxsize=256)
+def first_trained_layer(config: DecoderConfig, tuning: Tuning) -> int:
+    """As `adapters.first_trained_layer`, from flags."""
+    num_layers = config.num_layers
+    inputs = [f"{name}.weight" for name in INPUTS[: 1 + config.learned_positions]]
+    if any(tuning.trains(name, num_layers) for name in inputs):
+        return 0
+    trained = (i for i in range(num_layers) if any(layer_tuning(config, tuning, i)))
+    return min(next(trained, num_layers - 1), num_layers - 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def layer_tuning(config: DecoderConfig, tuning: Tuning, i: int) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the parameters of layer i that train, and of the matrices that have an adapter."""
+    names = [name for name, _ in sections(config, 1, False, False)["layer"]]
+    trained = (name for name in names if tuning.trains(f"layers.{i}.{name}", config.num_layers))
+    adapted = (name for name in names if tuning.adapts(f"layers.{i}.{name}", config.num_layers))
+    return frozenset(trained), frozenset(name.removesuffix(".weight") for name in adapted)
 
 
 @dataclass(frozen=True)
@@ -149,32 +183,55 @@ class PlannedUnit:
         return total
 
 
-def sections(config: DecoderConfig, tp: int, shards_tokens: bool, lm_head: bool) -> dict[str, tuple[Parameter, ...]]:
-    """Parameters on one rank of tp of the three kinds of a decoder's units, in the order of its modules."""
+@functools.lru_cache(maxsize=256)
+def sections(
+    config: DecoderConfig, tp: int, shards_tokens: bool, lm_head: bool
+) -> dict[str, tuple[tuple[str, Parameter], ...]]:
+    """Names and parameters on one rank of tp of the three kinds of a decoder's units, in the order of its modules."""
     local, hidden, head_dim = config.shard(tp), config.hidden_size, config.head_dim
     q, kv, ffn_in = local.num_heads * head_dim, local.num_kv_heads * head_dim, local.ffn_size * (1 + config.gated)
     shared = [(q, q + kv), (q + kv, q + 2 * kv)] if tp > config.num_kv_heads else []
 
-    def vector(size: int, is_partial: bool) -> Parameter:
-        return Parameter((size,), ((0, size, 1),) if is_partial else ())
+    def vector(name: str, size: int, is_partial: bool) -> tuple[str, Parameter]:
+        return name, Parameter((size,), ((0, size, 1),) if is_partial else ())
 
-    def column(rows: int, bias: bool, heads=()) -> list[Parameter]:
+    def norm(name: str) -> list[tuple[str, Parameter]]:
+        kinds = ("weight", "bias") if config.norm == "layernorm" else ("weight",)
+        return [vector(f"{name}.{kind}", hidden, shards_tokens) for kind in kinds]
+
+    def column(name: str, rows: int, bias: bool, heads=()) -> list[tuple[str, Parameter]]:
         ranges = [tuple((start * n, stop * n, config.num_kv_heads) for start, stop in heads) for n in (hidden, 1)]
-        return [Parameter((rows, hidden), ranges[0])] + [Parameter((rows,), ranges[1])] * bias
+        found = [(f"{name}.weight", Parameter((rows, hidden), ranges[0]))]
+        return found + [(f"{name}.bias", Parameter((rows,), ranges[1]))] * bias
 
-    norm = [vector(hidden, shards_tokens)] * (2 if config.norm == "layernorm" else 1)
-    layer = [*norm, *column(q + 2 * kv, config.qkv_bias, shared), *[vector(head_dim, tp > 1)] * (2 * config.qk_norm)]
-    layer += [Parameter((hidden, q)), *[vector(hidden, shards_tokens)] * config.attn_out_bias]
-    layer += [*norm] * (not config.shared_norm) + column(ffn_in, config.ffn_bias)
-    layer += [Parameter((hidden, local.ffn_size)), *[vector(hidden, shards_tokens)] * config.ffn_bias]
+    def row(name: str, columns: int, bias: bool) -> list[tuple[str, Parameter]]:
+        return [(f"{name}.weight", Parameter((hidden, columns)))] + [
+            vector(f"{name}.bias", hidden, shards_tokens)
+        ] * bias
+
+    layer = norm("attn_norm") + column("qkv", q + 2 * kv, config.qkv_bias, shared)
+    layer += [vector(f"{name}.weight", head_dim, tp > 1) for name in ("q_norm", "k_norm") if config.qk_norm]
+    layer += row("attn_out", q, config.attn_out_bias)
+    layer += ([] if config.shared_norm else norm("ffn_norm")) + column("ffn_in", ffn_in, config.ffn_bias)
+    layer += row("ffn_out", local.ffn_size, config.ffn_bias)
     rows = padded_vocab_size(config.vocab_size, tp) // tp
     positions = Parameter((config.max_seq_len, hidden), ((0, config.max_seq_len * hidden, 1),) * shards_tokens)
-    head = column(rows, config.head_bias) if lm_head and not config.tied_embeddings else []
-    return {
-        "input": (Parameter((rows, hidden)), *[positions] * config.learned_positions),
-        "layer": tuple(layer),
-        "output": (*norm, *head),
-    }
+    inputs = [("embedding.weight", Parameter((rows, hidden)))]
+    inputs += [("position_embedding.weight", positions)] * config.learned_positions
+    head = column("lm_head", rows, config.head_bias) if lm_head and not config.tied_embeddings else []
+    return {"input": tuple(inputs), "layer": tuple(layer), "output": (*norm("final_norm"), *head)}
+
+
+def adapter(name: str, weight: Parameter, rank: int, tp: int) -> list[Parameter]:
+    """The two matrices beside a weight: see `tensor.Adapter`."""
+    outputs, inputs = weight.shape
+    a, b = Parameter((rank, inputs)), Parameter((outputs, rank))
+    if tp == 1:
+        return [a, b]
+    if name in ROWS:
+        return [a, Parameter(b.shape, ((0, outputs * rank, 1),))]
+    shared = tuple((start // inputs * rank, stop // inputs * rank, count) for start, stop, count in weight.partial)
+    return [Parameter(a.shape, ((0, rank * inputs, 1),)), Parameter(b.shape, shared)]
 
 
 layers_by_part = functools.lru_cache(maxsize=256)(DecoderConfig.layers_by_part)
@@ -239,10 +296,16 @@ class Stage:
         return min(NUM_SLOTS, math.ceil(of_replica / groups))
 
     def layers(self, role: Role) -> list[int]:
-        """How many layers of a decoder each chunk of this stage has; a frozen one has no stages."""
-        if self.pp == 1 or not role.trainable:
-            return [role.config.num_layers]
-        return layers_by_part(role.config, self.layout, role.lm_head)[self.stage :: self.pp]
+        """How many layers of a decoder each chunk of this stage has."""
+        return [len(layers) for layers in self.layer_ids(role)]
+
+    def layer_ids(self, role: Role) -> list[range]:
+        """Numbers of the layers of each chunk of this stage; of frozen decoders only one that shares has stages."""
+        if self.pp == 1 or not (role.trainable or role.shared):
+            return [range(role.start if role.shared else 0, role.config.num_layers)]
+        counts = layers_by_part(role.config, self.layout, role.lm_head)
+        ends = [0, *itertools.accumulate(counts)]
+        return [range(ends[i], ends[i + 1]) for i in range(self.stage, len(counts), self.pp)]
 
     def is_start(self, chunk: int) -> bool:
         """Whether this is the first part of the model."""
@@ -255,11 +318,12 @@ class Stage:
         """Units of a role on this rank, heads' and a tied embedding's being those of more replicas with stages."""
         is_offloaded = ("optimizer" if role.trainable else "frozen") in self.layout.offload
 
-        def make(section: str, parameters, axis: str, zero: int) -> PlannedUnit:
+        def make(section: str, parameters, axis: str, zero: int, trainable: bool = role.trainable) -> PlannedUnit:
             replicas = self.sizes[axis]
-            if replicas == 1 and (role.trainable or not is_offloaded):
+            offloaded = is_offloaded and trainable == role.trainable
+            if replicas == 1 and (trainable or not offloaded):
                 zero = 0  # there is nothing to share out
-            placed = role.itemsize, role.trainable, replicas, zero, axis, is_offloaded
+            placed = role.itemsize, trainable, replicas, zero, axis, offloaded
             return PlannedUnit(section, tuple(parameters), *placed)
 
         zero, at_ends = self.layout.zero, self.layout.zero if self.pp == 1 else min(self.layout.zero, 1)
@@ -273,16 +337,42 @@ class Stage:
         if not role.trainable:
             axis, has_input, has_output = "folded", True, True
             zero = 3 if self.pp > 1 or is_offloaded else zero
-        inputs = [make("input", kinds["input"], axis, zero)] * has_input
-        if self.pp > 1 and role.trainable and role.lm_head and role.config.tied_embeddings:  # both ends hold it
-            positions = [make("input", kinds["input"][1:], axis, zero)] if kinds["input"][1:] else []
-            ends = make("input", kinds["input"][:1], "ends", at_ends)
-            inputs = [ends] * (has_input or has_output) + positions * has_input
-        layers = [make("layer", kinds["layer"], axis, zero)] * sum(self.layers(role))
-        return [*inputs, *layers, *[make("output", kinds["output"], axis, zero)] * has_output]
+        if role.shared:
+            has_input = role.start == 0
+
+        def split(section: str, named, axis: str, zero: int, prefix: str = "") -> list[PlannedUnit]:
+            """A unit of what trains and one of what does not; of a shared reference only what trains in the policy."""
+            groups: dict[bool, list[Parameter]] = {}
+            for name, parameter in named:
+                trains = not role.is_tuned or role.tuning.trains(prefix + name, role.config.num_layers)
+                if trains or not role.shared:
+                    groups.setdefault(trains and role.trainable, []).append(parameter)
+                layer, _, kind = name.partition(".")
+                if role.trainable and kind == "weight" and role.tuning.adapts(prefix + name, role.config.num_layers):
+                    groups.setdefault(True, []).extend(adapter(layer, parameter, role.tuning.lora.rank, self.tp))
+            return [make(section, parameters, axis, zero, trains) for trains, parameters in groups.items()]
+
+        inputs = split("input", kinds["input"], axis, zero) if has_input else []
+        ties = role.lm_head and role.config.tied_embeddings
+        if self.pp > 1 and role.trainable and ties:  # both ends hold it
+            ends = split("input", kinds["input"][:1], "ends", at_ends) if has_input or has_output else []
+            inputs = ends + (split("input", kinds["input"][1:], axis, zero) if has_input else [])
+        layers, of_kind = [], {}
+        for i in (i for chunk in self.layer_ids(role) for i in chunk):
+            kind = layer_tuning(role.config, role.tuning, i) if role.is_tuned else None
+            if kind not in of_kind:
+                of_kind[kind] = split("layer", kinds["layer"], axis, zero, f"layers.{i}.")
+            layers += of_kind[kind]
+        outputs = split("output", kinds["output"], axis, zero) if has_output else []
+        return [*inputs, *layers, *outputs]
 
     def section(self, name: str, section: str) -> PlannedUnit:
-        return next(unit for unit in self.units[name] if unit.section == section)
+        """The last unit of a section that trains, or the last one."""
+        found = [unit for unit in self.units[name] if unit.section == section]
+        return next((unit for unit in reversed(found) if unit.trainable), found[-1])
+
+    def trains(self, role: Role, name: str) -> bool:
+        return role.trainable and (not role.is_tuned or role.tuning.trains(name, role.config.num_layers))
 
     # --- memory ---
 
@@ -312,27 +402,51 @@ class Stage:
                 phases["score"] = {"forward": forward, "gathered weights": sum(streamed[-2:])}
         return Memory(self.stage, held, host, phases)
 
-    def saved_by_layer(self, role: Role, recompute: str) -> int:
-        """Bytes that a layer keeps of a micro-batch for the backward: see the module's docstring."""
+    def saved_by_layer(self, role: Role, recompute: str, i: int | None = None) -> int:
+        """Bytes that layer i (None: one of which all trains) keeps of a micro-batch for the backward: see the module's
+        docstring."""
         config, e, tokens = role.config, role.itemsize, self.tokens
         local, state = shard(config, self.tp), e * self.tokens_local * config.hidden_size
+        trained, adapted = layer_tuning(config, role.tuning if i is not None else Tuning(), i or 0)
+        rank = role.tuning.lora.rank
+        is_lowest = i is not None and role.is_tuned and self.reads_constants(role, i)
+        if is_lowest and not trained and not adapted:
+            return 0
         if recompute == "full":
             return state
+        reads = {name: f"{name}.weight" in trained or name in adapted for name in (*COLUMNS, *ROWS)}
         num_normed = local.num_heads + local.num_kv_heads
         heads = e * tokens * (num_normed + local.num_kv_heads) * config.head_dim
-        saved = state * (1 if config.parallel_residual else 2)
-        saved += heads + e * self.places * local.num_heads * config.head_dim
+        attended = e * self.places * local.num_heads * config.head_dim
+        inputs = 1 if config.parallel_residual else 2  # of norms
+        saved = state * inputs + heads + attended
         saved += 4 * self.places * local.num_heads + e * self.places * self.job.seq_len  # logarithms of sums; mask
-        if tokens > self.places:  # attention's result once more, padded
+        if tokens > self.places and reads["attn_out"]:  # attention's result once more, padded
             saved += e * tokens * local.num_heads * config.head_dim
         if config.qk_norm:
             saved += heads + max(e, 4) * tokens * num_normed
         expanded = e * tokens * local.ffn_size * (1 + config.gated)
         if recompute == "selective":
-            return saved + expanded
+            return saved + expanded + e * tokens * rank * ("attn_out" in adapted)
         if config.activation == "relu" and not config.gated:
             expanded = 0  # its backward reads the output
-        return saved + expanded + e * tokens * local.ffn_size + 2 * (state + self.statistics(role))
+        low = sum(name in adapted for name in (ROWS if self.tp > 1 else (*COLUMNS, *ROWS)))
+        saved += expanded + e * tokens * (local.ffn_size * reads["ffn_out"] + rank * low)
+        normed = [reads[name] or self.tp > 1 for name in COLUMNS]  # columns in parts keep what they read either way
+        saved += state * sum(normed) + 2 * self.statistics(role)
+        if is_lowest and not any(name.startswith("attn_norm") for name in trained):  # reads what needs no gradient
+            norms = 2 if config.parallel_residual else 1
+            saved -= norms * self.statistics(role) + state
+        return saved
+
+    def reads_constants(self, role: Role, i: int) -> bool:
+        """Whether layer i reads what needs no gradient: nothing below it trains, on this stage or another."""
+        if self.stage > 0 and i == self.layer_ids(role)[0].start:
+            return False  # what another stage has sent
+        trains_input = self.trains(role, "embedding.weight") or (
+            role.config.learned_positions and self.trains(role, "position_embedding.weight")
+        )
+        return not trains_input and i <= role.start
 
     def statistics(self, role: Role) -> int:
         """Bytes that a norm keeps beside its input."""
@@ -340,10 +454,15 @@ class Stage:
 
     def saved_by_chunk(self, chunk: int) -> int:
         """Bytes that a chunk's layers of all decoders, and what lies around them, keep of one micro-batch."""
-        return sum(
-            self.layers(role)[chunk] * self.saved_by_layer(role, self.layout.recompute) + self.saved_around(role, chunk)
-            for role in self.decoders.values()
-        )
+        found = 0
+        for role in self.decoders.values():
+            layers, recompute = self.layer_ids(role)[chunk], self.layout.recompute
+            if role.is_tuned:
+                found += sum(self.saved_by_layer(role, recompute, i) for i in layers)
+            else:
+                found += len(layers) * self.saved_by_layer(role, recompute)
+            found += self.saved_around(role, chunk)
+        return found
 
     def saved_around(self, role: Role, chunk: int) -> int:
         """Bytes that a decoder's layers share: cosines and sines, the mask of recomputations, token ids."""
@@ -365,7 +484,7 @@ class Stage:
                 saved += self.wider_states(role)
             inner = [shape[0] for shape in role.shapes if len(shape) == 2 and shape[0] not in ("vocab", 1)]
             saved += n * role.itemsize * sum(inner)
-        kept = [max(e, 4) * n * rows for rows, _, e, _ in self.vocabulary_products() if n <= CHUNK_ELEMENTS // rows]
+        kept = [max(e, 4) * n * rows for rows, _, e, *_ in self.vocabulary_products() if n <= CHUNK_ELEMENTS // rows]
         return saved + sum(kept)
 
     def wider_states(self, role: Role) -> int:
@@ -373,15 +492,17 @@ class Stage:
         trunk = self.job.policy
         return self.scored * role.itemsize * trunk.config.hidden_size * (role.itemsize > trunk.itemsize)
 
-    def vocabulary_products(self) -> list[tuple[int, int, int, PlannedUnit]]:
-        """(rows here, width, bytes of an entry, unit) of each trained matrix whose rows are the vocabulary."""
+    def vocabulary_products(self) -> list[tuple[int, int, int, PlannedUnit, bool]]:
+        """(rows here, width, bytes of an entry, unit, whether it trains) of each matrix whose rows are token ids."""
         found = []
         for name, role in self.trained.items():
             if role.config and role.lm_head:
                 at_ends = self.pp > 1 and role.config.tied_embeddings
-                found.append((role.config.hidden_size, role.itemsize, self.units[name][0 if at_ends else -1]))
+                trains = self.trains(role, "embedding.weight" if role.config.tied_embeddings else "lm_head.weight")
+                unit = self.units[name][0 if at_ends else -1]
+                found.append((role.config.hidden_size, role.itemsize, unit, trains))
             widths = [shape[1] for shape in role.shapes if shape[0] == "vocab" and len(shape) == 2]
-            found += [(width, role.itemsize, self.units[name][0]) for width in widths]
+            found += [(width, role.itemsize, self.units[name][0], True) for width in widths]
         vocab_size = self.job.policy.config.vocab_size
         rows = min(padded_vocab_size(vocab_size, self.tp) // self.tp, vocab_size)
         return [(rows, *product) for product in found]
@@ -415,11 +536,29 @@ class Stage:
         absent = 0
         for name, role in self.trained.items():
             counts = {"head": self.pp == 1, "input": self.is_start(chunk), "output": self.is_end(chunk)}
-            if role.config:
-                counts["layer"] = self.layers(role)[chunk]
-            for unit in set(self.units[name]):
-                absent += unit.state()[1] * counts[unit.section] * (unit.zero >= 2)
+            for unit in self.units[name]:
+                if unit.section != "layer":
+                    absent += unit.state()[1] * counts[unit.section] * (unit.zero >= 2)
+            for unit in self.units_of_layers(name, chunk) if role.config else []:
+                absent += unit.state()[1] * (unit.zero >= 2)
         return absent
+
+    def units_of_layers(self, name: str, chunk: int) -> list[PlannedUnit]:
+        """Units of a chunk's layers, of each in turn."""
+        role = self.job.roles[name]
+        before = [i for layers in self.layer_ids(role)[:chunk] for i in layers]
+        each = [unit for unit in self.units[name] if unit.section == "layer"]
+        counts = [self.units_per_layer(role, i) for i in [*before, *self.layer_ids(role)[chunk]]]
+        return each[sum(counts[: len(before)]) : sum(counts)]
+
+    def units_per_layer(self, role: Role, i: int) -> int:
+        """Into how many units a layer's parameters go: of those that train and of those that do not."""
+        if not role.is_tuned:
+            return 1
+        names = [name for name, _ in sections(role.config, 1, False, False)["layer"]]
+        trained, adapted = layer_tuning(role.config, role.tuning, i)
+        trains = bool(trained or (adapted and role.trainable))
+        return trains + (not role.shared and len(trained) < len(names))
 
     def read_by_heads(self, role: Role) -> tuple[str, ...]:
         """Sections of a decoder that stay whole from the last part's forward to its backward."""
@@ -450,9 +589,10 @@ class Stage:
                 working, unit = of_layer[name]
                 gathered = unit * min(sum(self.layers(role)[: chunk + 1]), 2)  # this layer and the one before
                 add(others + mine, working, gathered + kept, messages)
-                last = self.saved_by_layer(role, self.layout.recompute) + self.saved_around(role, chunk)
+                lowest = self.layer_ids(role)[chunk][0] if role.is_tuned else None
+                last = self.saved_by_layer(role, self.layout.recompute, lowest) + self.saved_around(role, chunk)
                 add(others + last, working, gathered + kept, messages + gradient)
-                if self.is_start(chunk):
+                if self.is_start(chunk) and self.trains(role, "embedding.weight"):
                     add(others, self.embedding_backward(name, role, chunk not in done), kept, messages + gradient)
             if self.is_end(chunk):
                 copies = sum(self.wider_states(role) for role in self.trained.values() if not role.config)
@@ -462,8 +602,12 @@ class Stage:
                     add(others + mine + sum(map(self.last_state, self.decoders.values())), summing, output, messages)
         if self.layout.reduce_dtype == "bfloat16":
             units = [unit for name in self.trained for unit in self.units[name]]
-            buckets = sum(2 * unit.size for unit in units if unit.zero < 2 and unit.replicas > 1)
-            last = [self.embedding_backward(name, role, False) for name, role in self.decoders.items() if self.is_first]
+            buckets = sum(2 * unit.size for unit in units if unit.trainable and unit.zero < 2 and unit.replicas > 1)
+            last = [
+                self.embedding_backward(name, role, False)
+                for name, role in self.decoders.items()
+                if self.is_first and self.trains(role, "embedding.weight")
+            ]
             add(0, buckets + max(last, default=0))
         return max(moments, key=lambda moment: sum(moment.values()))
 
@@ -476,13 +620,15 @@ class Stage:
         """Bytes of the work on the gradients of the last layer, whose activations all lie there, and of a
         layer if it is gathered: the largest of some moments while the backward goes through its network."""
         config, e, unit = role.config, role.itemsize, self.section(name, "layer")
-        local, recompute = shard(config, self.tp), self.layout.recompute
-        tied = config.tied_embeddings and role.lm_head and self.pp == 1
+        local, recompute, last = shard(config, self.tp), self.layout.recompute, self.layer_ids(role)[-1][-1]
+        tied = config.tied_embeddings and role.lm_head and self.pp == 1 and self.trains(role, "embedding.weight")
+        trains_in, trains_out = (self.trains(role, f"layers.{last}.{x}.weight") for x in ("ffn_in", "ffn_out"))
         state, full = e * self.tokens_local * config.hidden_size, e * self.tokens * config.hidden_size
         inner = e * self.tokens * local.ffn_size
         expanded = inner * (1 + config.gated)
-        second = local.ffn_size * config.hidden_size  # entries of the network's second matrix
-        first = second * (1 + config.gated)
+        second = local.ffn_size * config.hidden_size  # entries of the network's second matrix, and of its first
+        first = second * (1 + config.gated) * trains_in
+        second = second * trains_out
         on_its_way = unit.wide + e * (e < unit.wide)  # bytes a gradient's entry takes until it is summed
         gathered = full * self.shards_tokens
         moments = (
@@ -497,12 +643,14 @@ class Stage:
         if recompute == "selective":
             working += inner
         elif recompute == "full":
-            working += self.saved_by_layer(role, "none") - state
+            working += self.saved_by_layer(role, "none", last if role.is_tuned else None) - state
         if tied:  # the head's gradient waits for that of the embedding
             working += unit.wide * math.prod(self.section(name, "input").parameters[0].shape)
         if unit.zero >= 2:
             working += unit.wide * unit.size
-        return working, e * unit.size if unit.zero == 3 else 0
+        of_last = self.units[name][::-1]
+        of_last = [u for u in of_last if u.section == "layer"][: self.units_per_layer(role, last)]
+        return working, sum(e * u.size for u in of_last if u.zero == 3)
 
     def embedding_backward(self, name: str, role: Role, is_first_sum: bool) -> int:
         """Bytes of the work on the embedding's gradient, when the micro-batch's activations are gone.
@@ -522,14 +670,14 @@ class Stage:
             bucket = unit.wide * later[0].size
         return max(on_its_way * matrix + bucket, unit.wide * (matrix + unit.size) * (unit.zero >= 2)) - absent
 
-    def head_backward(self, rows: int, width: int, e: int, unit: PlannedUnit) -> tuple[int, int]:
+    def head_backward(self, rows: int, width: int, e: int, unit: PlannedUnit, trains: bool) -> tuple[int, int]:
         """Bytes of a vocabulary product's backward: while logits lie there, and while its gradient is summed."""
         n, wide = self.scored, unit.wide
         chunk = min(n, max(CHUNK_ELEMENTS // rows, 1))
         copies = wide * (1 + (n > chunk)) + e * (e < wide)  # of logits: weighted, again, rounded
         heads = any(role.config is None for role in self.trained.values())  # the states' gradient from those waits
-        working = copies * chunk * rows + (wide + e) * rows * width + e * n * width * (1 + heads)
-        summing = wide * (rows * width + unit.size) + e * n * width if unit.zero >= 2 else 0
+        working = copies * chunk * rows + (wide + e) * rows * width * trains + e * n * width * (1 + heads)
+        summing = wide * (rows * width + unit.size) + e * n * width if unit.zero >= 2 and trains else 0
         return working, summing
 
     def forward(self, role: Role, tokens: int, share: float = 1.0) -> int:
@@ -567,7 +715,13 @@ class Stage:
     def whole(self, role: Role) -> list[Parameter]:
         """Every parameter of a decoder of this rank of tp."""
         kinds = sections(role.config, self.tp, self.shards_tokens, role.lm_head)
-        return [*kinds["input"], *kinds["layer"] * role.config.num_layers, *kinds["output"]]
+        found = [x for _, x in [*kinds["input"], *kinds["layer"] * role.config.num_layers, *kinds["output"]]]
+        if role.tuning.lora.rank:
+            weights = {name.removesuffix(".weight"): x for name, x in kinds["layer"]}
+            for i in range(role.config.num_layers):
+                for name in layer_tuning(role.config, role.tuning, i)[1]:
+                    found += adapter(name, weights[name], role.tuning.lora.rank, self.tp)
+        return found
 
     # --- traffic ---
 
@@ -582,22 +736,30 @@ class Stage:
         """Bytes that this rank sends in an optimizer step, by (axis, operation), as a ring counts; without metrics."""
         found: Counter = Counter()
         m = self.num_microbatches
+        full, again = self.layout.recompute == "full", self.layout.recompute != "none"
         for role in self.decoders.values():
-            n, states = sum(self.layers(role)), role.itemsize * self.tokens * role.config.hidden_size
-            full, selective = (self.layout.recompute == name for name in ("full", "selective"))
+            states = role.itemsize * self.tokens * role.config.hidden_size
+            trains_input = self.is_first and self.trains(role, "embedding.weight")
+            gathers, sums, reads = 0, 0, []  # of states over tp: in all layers forward, and in those with a backward
+            for i in (i for chunk in self.layer_ids(role) for i in chunk):
+                trained, adapted = layer_tuning(role.config, role.tuning, i)
+                has_backward = not role.is_tuned or bool(trained or adapted) or not self.reads_constants(role, i)
+                reads = [name in adapted or f"{name}.weight" in trained for name in COLUMNS]
+                gathers += 2 + has_backward * (2 + sum(reads) + 2 * again)
+                sums += 2 + has_backward * (2 + full)
             if self.shards_tokens:  # columns gather twice, rows scatter, and gather backward
-                gathers = n * (6 + 2 * (full or selective)) + self.is_first + self.is_last
-                self.count(found, "tp", "all_gather", states, m * gathers)
-                self.count(found, "tp", "reduce_scatter", states, m * (n * (4 + full) + self.is_first))
+                self.count(found, "tp", "all_gather", states, m * (gathers + trains_input + self.is_last))
+                self.count(found, "tp", "reduce_scatter", states, m * (sums + self.is_first))
             else:
-                self.count(found, "tp", "all_reduce", states, m * (n * (4 + full) + self.is_first))
+                self.count(found, "tp", "all_reduce", states, m * (sums + self.is_first))
         if self.is_last:
-            for _, width, e, unit in self.vocabulary_products():
+            for _, width, e, unit, _ in self.vocabulary_products():
                 for nbytes in (unit.wide * self.scored, 3 * unit.wide * self.scored, e * self.scored * width):
                     self.count(found, "tp", "all_reduce", nbytes, m)
         for name in self.trained:
             for unit in self.units[name]:
-                self.count_sums(found, unit, m)
+                if unit.trainable:
+                    self.count_sums(found, unit, m)
         actions = [step for step in self.program if isinstance(step, Action)]
         each = 1 if self.pp > 1 else m  # without stages every micro-batch costs the same
         self.count_gathers(found, self.decoders, actions[: len(actions) // each], each)
@@ -626,11 +788,13 @@ class Stage:
 
     def count_gathers(self, found: Counter, roles: dict[str, Role], actions: list[Action], times: int = 1) -> None:
         """What zero 3 gathers in the passes of some decoders of the same stages: `reshard.Shards`, told of them."""
-        decoders = [GatheredDecoder(self, name, role) for name, role in roles.items()]
-        decoders = [decoder for decoder in decoders if decoder.units]
+        decoders: list[GatheredDecoder] = []
+        for name, role in roles.items():
+            decoders.append(GatheredDecoder(self, name, role, decoders[0] if role.shared else None))
         in_use: Counter[GatheredUnit] = Counter()
         for decoder in decoders:
-            decoder.shards = Shards("", decoder, decoder.units, in_use)
+            decoder.shards = Shards(decoder.sections, decoder.units, in_use)
+        decoders = [decoder for decoder in decoders if any(decoder.shards.sections)]
         needs_backward = any(action.kind != "F" for action in actions)
         states: dict[tuple, list[list[State]]] = {}
         for kind, chunk, i in actions:
@@ -677,10 +841,14 @@ class Stage:
             found["pp", "send"] += states * (self.num_chunks - self.is_last)
             self.count(found, "pp", "broadcast", 3 * 8 * drawn)
         passes = math.ceil(job.described / (self.dp * job.microbatch))
-        self.count_forwards(found, self.decoders, passes, passes)
+        shared = {name: role for name, role in job.roles.items() if role.shared}  # runs beside the policy
+        self.count_forwards(found, self.decoders | shared, passes, passes)
         self.count_messages(found, passes, both_ways=False)
+        if shared and self.pp > 1:
+            states = self.tokens_local * sum(role.itemsize * role.config.hidden_size for role in shared.values())
+            found["pp", "send"] += passes * (self.num_chunks - self.is_last) * states
         for name, role in job.roles.items():
-            if role.config and not role.trainable and role.in_units:
+            if role.config and not role.trainable and role.in_units and not role.shared:
                 mine = len(range(self.stage, passes, self.pp))
                 self.count_forwards(found, {name: role}, math.ceil(passes / self.pp), mine)
         return found
@@ -692,7 +860,8 @@ class Stage:
         for role in roles.values():
             states, layers = role.itemsize * self.tokens * role.config.hidden_size, self.layers(role)
             chunks, n = len(layers), sum(layers)
-            is_first, is_last = (self.is_first, self.is_last) if role.trainable else (True, True)
+            is_first, is_last = (self.is_first, self.is_last) if role.trainable or role.shared else (True, True)
+            is_first = is_first and (role.start == 0 or not role.shared)
             if self.shards_tokens:
                 self.count(found, "tp", "all_gather", states, passes * (2 * n + is_last))
                 self.count(found, "tp", "reduce_scatter", states, passes * (2 * n + is_first))
@@ -714,12 +883,10 @@ class State:
 
 
 class GatheredUnit:
-    """A unit of zero 3, for `Shards`: counts how often it is gathered."""
+    """A unit, for `Shards`: counts how often it is gathered."""
 
-    zero = 3
-
-    def __init__(self, planned: PlannedUnit, name: str):
-        self.planned, self.name, self.nbytes = planned, name, planned.itemsize * planned.size
+    def __init__(self, planned: PlannedUnit):
+        self.planned, self.zero, self.nbytes = planned, planned.zero, planned.itemsize * planned.size
         self.is_whole, self.num_gathers = False, 0
 
     def start_gather(self) -> None:
@@ -734,30 +901,40 @@ class GatheredUnit:
 
 
 class GatheredDecoder:
-    """A decoder as far as `Shards` sees it."""
+    """A decoder as far as `Shards` sees it; trunk: the one whose frozen units it shares."""
 
-    def __init__(self, stage: Stage, name: str, role: Role):
-        self.per_chunk = stage.layers(role)
-        self.layers = range(sum(self.per_chunk))
-        is_whole = stage.pp == 1 or not role.trainable
+    def __init__(self, stage: Stage, name: str, role: Role, trunk: "GatheredDecoder | None"):
+        self.stage, self.role = stage, role
+        self.chunks = stage.layer_ids(role)
+        is_whole = stage.pp == 1 or not (role.trainable or role.shared)
         self.is_start, self.is_end = ((lambda _: True,) * 2) if is_whole else (stage.is_start, stage.is_end)
-        self.mesh = SimpleNamespace(pp=SimpleNamespace(size=1 if is_whole else stage.pp))
-        self.ties_lm_head = role.lm_head and role.config.tied_embeddings
-        names = itertools.count()
-        self.units = [
-            GatheredUnit(unit, f".layers.{next(names)}" if unit.section == "layer" else f".{unit.section}")
-            for unit in stage.units[name]
-            if unit.zero == 3
-        ]
+        self.fork: int | None = None  # where a forward pauses for a decoder that goes on from there on its own
+        self.units = [GatheredUnit(unit) for unit in stage.units[name]]
+        of_layers = iter([unit for unit in self.units if unit.planned.section == "layer"])
+        ids = [i for chunk in self.chunks for i in chunk]
+        layers = [list(itertools.islice(of_layers, stage.units_per_layer(role, i))) for i in ids]
+        self.inputs, outputs = ([u for u in self.units if u.planned.section == x] for x in ("input", "output"))
+        if role.lm_head and role.config.tied_embeddings and is_whole:
+            outputs = outputs + self.inputs
+        self.sections = [self.inputs, *layers, outputs]
+        if trunk is not None:
+            first = trunk.sections.index(trunk.sections[-1]) - len(layers)  # its section of the first layer here
+            theirs = [trunk.sections[0] if role.start == 0 else [], *trunk.sections[first:]]
+            frozen = [[unit for unit in section if not unit.planned.trainable] for section in theirs]
+            self.sections = [mine + shared for mine, shared in zip(self.sections, frozen, strict=True)]
+            trunk.fork = role.start or None
 
     def forward(self, chunk: int, needs_backward: bool) -> list[State]:
         """As `Decoder.forward`; returns the states in the order in which a backward comes to them."""
-        section, states = sum(self.per_chunk[:chunk]), []
-        if self.is_start(chunk):
+        section, states = sum(map(len, self.chunks[:chunk])), []
+        if self.is_start(chunk) and (self.role.start == 0 or not self.role.shared):
             self.shards.enter(0, None)
-        for _ in range(self.per_chunk[chunk] + self.is_end(chunk)):
+        for i in (*self.chunks[chunk], *[self.role.config.num_layers] * self.is_end(chunk)):
             section += 1
-            states.append(State(needs_backward))
+            if i == self.fork and not needs_backward:
+                self.shards.end(section - 1, State(False))
+            constant = self.role.is_tuned and self.stage.reads_constants(self.role, i)
+            states.append(State(needs_backward and not constant))
             self.shards.enter(section, states[-1])
         states.append(State(needs_backward))
         self.shards.end(section, states[-1])

@@ -242,7 +242,7 @@ class Decoder(nn.Module):
     shards = None  # a `parallel.reshard.Shards` if weights are gathered when a pass comes to them
     fold = None  # a `parallel.reshard.Fold` once rollouts have had all layers on every stage
     files = None  # the `parallel.checkpoint.WeightFiles` that parameters without storage are still to be read from
-    tuning = None  # the `parallel.adapters.Tuning` whose adapters its layers have
+    tuning = None  # the `parallel.adapters.Tuning` that says what of it trains, once that has been applied
     base = ""  # the fingerprint of the weights that adapters were added to
     trunk = None  # the decoder with which it shares what does not train, see `parallel.adapters.make_reference`
 
@@ -301,6 +301,10 @@ class Decoder(nn.Module):
         return self.config.count_parameters(self.has_lm_head)
 
     @property
+    def has_adapters(self) -> bool:
+        return self.tuning is not None and self.tuning.lora.rank > 0
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """[padded_vocab / tp, hidden_size]; on the last stage"""
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
@@ -323,7 +327,7 @@ class Decoder(nn.Module):
         if adapters:
             yield from stored(True)
             return
-        low_rank = dict(stored(True)) if self.tuning is not None else {}
+        low_rank = dict(stored(True)) if self.has_adapters else {}
         for name, weight in stored(False):
             a, b = (low_rank.get(f"{name.removesuffix('weight')}adapter.{x}") for x in "ab")
             yield name, weight if a is None else merge(weight, a, b, self.tuning.lora.scale)

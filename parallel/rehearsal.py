@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.attention import Visible
+from parallel.adapters import make_reference, set_trained
 from parallel.collectives import Pending, groups, traffic
 from parallel.data_parallel import data_parallel
 from parallel.footprint import Job, Role, Stage
@@ -182,9 +183,13 @@ def rehearse(
 
 
 def make_default_modules(roles: dict[str, Role], mesh: Mesh) -> dict[str, nn.Module]:
-    return {
-        name: make_role(role, mesh if role.trainable else mesh.folded) for name, role in roles.items() if role.in_units
-    }
+    modules: dict[str, nn.Module] = {}
+    for name, role in roles.items():
+        if role.shared:
+            modules[name] = make_reference(modules["policy"])
+        elif role.in_units:
+            modules[name] = make_role(role, mesh if role.trainable else mesh.folded)
+    return modules
 
 
 def make_role(role: Role, mesh: Mesh) -> nn.Module:
@@ -193,6 +198,8 @@ def make_role(role: Role, mesh: Mesh) -> nn.Module:
         module = ScalarHead(role.shapes[0][1], mesh, dtype)
     else:
         module = Decoder(role.config, mesh, dtype, seed=None, lm_head=role.lm_head)
+        if role.trainable:
+            return set_trained(module, role.tuning)
     return module.requires_grad_(role.trainable)
 
 

@@ -126,7 +126,7 @@ class Fold:
         self.decoder = decoder
         where = decoder.config, decoder.mesh.folded, decoder.dtype
         self.whole = Decoder(*where, seed=None, lm_head=decoder.has_lm_head, has_storage=False)
-        if decoder.tuning is not None:
+        if decoder.has_adapters:
             attach_adapters(self.whole, decoder.tuning)
         free_storage(self.whole.requires_grad_(False))
 
@@ -138,7 +138,7 @@ class Fold:
         """
         decoder, pp = self.decoder, self.decoder.mesh.pp
         mine, held = dict(decoder.named_parameters()), []
-        for name, parameter in self.whole.named_parameters():
+        for name, parameter in sorted(self.whole.named_parameters(), key=lambda item: self.unit_of(item[0])):
             source = stage_of(name, decoder)
             parameter.data.untyped_storage().resize_(parameter.nbytes)
             if pp.rank == source:
@@ -152,6 +152,14 @@ class Fold:
                 parameter.copy_(mine[name])
             broadcast_(parameter.data, pp, source)
         free_units(dict.fromkeys(held, 0))
+
+    def unit_of(self, name: str) -> tuple[int, bool]:
+        """What parameters of one unit have in common: where in the model, and whether they train."""
+        num_layers, tuning = self.whole.config.num_layers, self.decoder.tuning
+        section = int(name.split(".")[1]) if name.startswith("layers.") else num_layers
+        if name.startswith(("embedding.", "position_embedding.")):
+            section = -1
+        return section, tuning is None or tuning.trains(name, num_layers)
 
     def free(self) -> None:
         free_storage(self.whole)

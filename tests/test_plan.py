@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from kernels.attention import Visible
+from parallel.adapters import Lora, Tuning, make_reference, set_trained, shares_weights
 from parallel.checkpoint import read_config
 from parallel.collectives import traffic
 from parallel.data_parallel import data_parallel
@@ -37,14 +38,26 @@ from tests.ranks import run_ranks
 from tests.scripts import ROOT
 from tests.test_layouts import CASES
 
+WHOLE = Tuning()  # all of the policy trains
 ROWS, SEQ_LEN = 2, 31  # of a micro-batch; under sequence parallelism over 4 ranks two of its tokens are padding
 
 
-def make_job(config, itemsize=4, seq_len=SEQ_LEN, num_microbatches=2, dp=1, rows=ROWS, rollout=0, new_tokens=0):
+def make_job(
+    config,
+    itemsize=4,
+    seq_len=SEQ_LEN,
+    num_microbatches=2,
+    dp=1,
+    rows=ROWS,
+    rollout=0,
+    new_tokens=0,
+    tuning=WHOLE,
+    pp=1,
+):
     """Policy, reference and value head."""
     roles = {
-        "policy": Role(config, itemsize),
-        "ref_policy": Role(config, itemsize, trainable=False),
+        "policy": Role(config, itemsize, tuning=tuning),
+        "ref_policy": Role(config, itemsize, trainable=False, tuning=tuning, shared=shares_weights(tuning, pp)),
         "value_head": scalar_head(config.hidden_size, itemsize),
     }
     return Job(roles, rows * dp * num_microbatches, rows, seq_len, seq_len - 1, rollout, new_tokens)
@@ -53,12 +66,13 @@ def make_job(config, itemsize=4, seq_len=SEQ_LEN, num_microbatches=2, dp=1, rows
 # --- integers, on real ranks -----------------------------------------------------------------------------------------
 
 
-def make_model(case, layout, dtype):
+def make_model(case, layout, dtype, tuning=WHOLE):
     mesh = init_mesh(layout)
-    config = replace(config_from_hf(CASES[case], "test")[0], num_layers=5 if layout.pp > 1 else 2)
+    config = replace(config_from_hf(CASES[case], "test")[0], num_layers=5 if layout.pp > 1 or tuning != WHOLE else 2)
+    policy = set_trained(Decoder(config, mesh, dtype), tuning)
     roles = {
-        "policy": Decoder(config, mesh, dtype),
-        "ref_policy": Decoder(config, mesh.folded, dtype).requires_grad_(False),
+        "policy": policy,
+        "ref_policy": make_reference(policy) or Decoder(config, mesh.folded, dtype).requires_grad_(False),
         "value_head": ScalarHead(config.hidden_size, mesh, std=0.1),
     }
     model = data_parallel(roles, mesh, layout)
@@ -75,10 +89,11 @@ def all_states(stage):
     return tuple(map(sum, zip(*states, strict=True)))
 
 
-def allocated(case, layout, dtype):
+def allocated(case, layout, dtype, tuning=WHOLE):
     """Bytes of states, as they are and by the plan, and what a run says of them."""
-    config, model, optimizer = make_model(case, layout, dtype)
-    planned = all_states(stage_of(make_job(config, dtype.itemsize, dp=model.mesh.dp.size), model.mesh))
+    config, model, optimizer = make_model(case, layout, dtype, tuning)
+    job = make_job(config, dtype.itemsize, dp=model.mesh.dp.size, tuning=tuning, pp=layout.pp)
+    planned = all_states(stage_of(job, model.mesh))
     return measure_states(model.units, optimizer), planned, describe_memory(model, optimizer)
 
 
@@ -139,16 +154,17 @@ def make_microbatch():
     return {"input_ids": ids, "position_ids": positions, "first_key": torch.zeros_like(ids), "mask": mask}
 
 
-def sent(case, layout, num_microbatches):
+def sent(case, layout, num_microbatches, tuning=WHOLE):
     """Bytes sent in a step, less the metrics, as they were counted and by the plan."""
-    config, model, optimizer = make_model(case, layout, torch.float32)
+    config, model, optimizer = make_model(case, layout, torch.float32, tuning)
     mesh = model.mesh
     before = Counter(traffic())
     model.zero_grad()
     forward_backward(model, [make_microbatch()] * num_microbatches, make_default_loss(model.roles, mesh))
     clip_grad_norm(model, 1.0, mesh)
     assert optimizer.step()
-    stage = stage_of(make_job(config, dp=mesh.dp.size, num_microbatches=num_microbatches), mesh)
+    sizes = dict(dp=mesh.dp.size, num_microbatches=num_microbatches, tuning=tuning, pp=layout.pp)
+    stage = stage_of(make_job(config, **sizes), mesh)
     found = less_metrics(Counter(traffic()) - before, stage)
     return found, {key: n for key, n in stage.step_traffic().items() if n}
 
@@ -178,9 +194,9 @@ def test_traffic_of_stages_is_what_is_sent(case):
         assert all(found["pp", "send"] for found, _ in results)
 
 
-def sent_for_a_rollout(case, layout):
+def sent_for_a_rollout(case, layout, tuning=WHOLE):
     """Bytes sent for samples that all have their full length, and to describe them, as counted and by the plan."""
-    config, model, _ = make_model(case, layout, torch.float32)
+    config, model, _ = make_model(case, layout, torch.float32, tuning)
     mesh, policy, new_tokens = model.mesh, model.roles["policy"], 6
     before = Counter(traffic())
     with rollout_weights(policy) as sampler:
@@ -194,12 +210,13 @@ def sent_for_a_rollout(case, layout):
         mask = microbatch["mask"]
         vocab_parallel_logprobs(hidden_before(hidden, mask), decoder, microbatch["input_ids"][mask])
 
-    forward_only({"policy": policy}, microbatches, lambda hidden, x: read(policy, hidden["policy"], x))
-    for microbatch, hidden in forward_folded(ref_policy, microbatches, mesh):
+    shared = {} if ref_policy.trunk is None else {"ref_policy": ref_policy}
+    decoders = {"policy": policy} | shared
+    forward_only(decoders, microbatches, lambda hidden, x: [read(decoders[role], hidden[role], x) for role in hidden])
+    for microbatch, hidden in () if shared else forward_folded(ref_policy, microbatches, mesh):
         read(ref_policy, hidden, microbatch)
-    job = replace(
-        make_job(config, dp=mesh.dp.size, rollout=8, new_tokens=new_tokens), described=3 * ROWS * mesh.dp.size
-    )
+    sizes = dict(dp=mesh.dp.size, rollout=8, new_tokens=new_tokens, tuning=tuning, pp=layout.pp)
+    job = replace(make_job(config, **sizes), described=3 * ROWS * mesh.dp.size)
     found = Counter(traffic()) - before
     return dict(found), {key: n for key, n in stage_of(job, mesh).rollout_traffic().items() if n}
 
@@ -215,6 +232,41 @@ def test_traffic_of_rollouts_is_what_is_sent(case):
     for ranks, layout in ROLLOUTS:
         for rank, (found, planned) in enumerate(run_ranks(ranks, sent_for_a_rollout, case, layout)):
             assert found == planned, (layout, rank)
+
+
+TUNINGS = {
+    "lora": Tuning(lora=Lora(rank=4)),
+    "lora of some": Tuning(lora=Lora(rank=4, targets=("qkv", "ffn_out"))),
+    "upper layers": Tuning(unfrozen_layers=2),
+    "parts": Tuning(freeze=("embedding", "layers.0-1", "layers.*.attn_out", "*_norm.*")),
+    "lora above": Tuning(unfrozen_layers=2, lora=Lora(rank=4)),
+}
+TUNED = [(1, Layout()), (2, Layout(zero=3)), (4, Layout(tp=2, zero=1)), (4, Layout(tp=4, sequence_parallel=False))]
+TUNED += [(4, Layout(tp=2, zero=3, recompute="full")), (2, Layout(pp=2, rollout="folded"))]
+TUNED += [(4, Layout(pp=2, zero=3, rollout="folded"))]
+TUNED += [
+    (4, Layout(pp=2, tp=2, recompute="selective", rollout="rotation")),
+    (2, Layout(zero=2, offload=("optimizer", "frozen"))),
+]
+
+
+def tuned(case, layout, tuning):
+    """States, bytes sent in a step and in a rollout: as they are, and by the plan."""
+    states = allocated(case, layout, torch.float32, tuning)[:2]
+    return states, sent(case, layout, 4, tuning), sent_for_a_rollout(case, layout, tuning)
+
+
+@pytest.mark.parametrize("name", TUNINGS)
+def test_plan_knows_what_trains(name):
+    """Integers on real ranks: adapters, frozen parts, and references that share."""
+    for i, (ranks, layout) in enumerate(TUNED):
+        tuning, case = TUNINGS[name], ("gpt2", "llama", "qwen3")[i % 3]
+        if layout.pp > 1 and tuning.unfrozen_layers:
+            continue
+        results = [tuned(case, layout, tuning)] if ranks == 1 else run_ranks(ranks, tuned, case, layout, tuning)
+        for rank, found in enumerate(results):
+            for what, (real, planned) in zip(("states", "step", "rollout"), found, strict=True):
+                assert real == planned, (case, layout, rank, what)
 
 
 def saved(case, layouts):
