@@ -115,6 +115,7 @@ class LinearLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight[:num_valid]
             if grad_weight is not None:
                 grad_weight[:num_valid] += grad.t() @ hidden[rows]
+            del exp, weighted, grad  # before the next chunk's
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:

@@ -17,8 +17,8 @@ heads, f the network, g = 2 of them where there are gate and up projections, els
     none         e (s h + s h + (2 a + 2 k + g f + f) / tp + 2 s h)  and what norms and activation functions give
 
 a parallel residual saves one s h; q/k norms keep their input, too, and every attention its [rows, len, len] mask.
-Layers below the first one that trains keep nothing; a frozen matrix without an adapter does not keep what it reads; an
-adapter of rank r keeps r more a token. Frozen weights have neither gradients nor optimizer state.
+Layers below the first one that trains keep nothing; a frozen matrix without an adapter does not keep what it reads.
+Frozen weights have neither gradients nor optimizer state.
 """
 
 import functools
@@ -381,7 +381,8 @@ class Stage:
         held: Counter[str] = Counter()
         host = 0
         for name, role in self.job.roles.items():
-            *states, of_host = [sum(x) for x in zip(*(unit.state() for unit in self.units[name]), strict=True)]
+            states = [unit.state() for unit in self.units[name]]
+            *states, of_host = (sum(x) for x in zip((0, 0, 0, 0), *states, strict=True))
             host += of_host
             if role is self.job.policy:
                 held.update(dict(zip(("weights", "gradients", "optimizer"), states, strict=True)))
@@ -408,7 +409,6 @@ class Stage:
         config, e, tokens = role.config, role.itemsize, self.tokens
         local, state = shard(config, self.tp), e * self.tokens_local * config.hidden_size
         trained, adapted = layer_tuning(config, role.tuning if i is not None else Tuning(), i or 0)
-        rank = role.tuning.lora.rank
         is_lowest = i is not None and role.is_tuned and self.reads_constants(role, i)
         if is_lowest and not trained and not adapted:
             return 0
@@ -427,11 +427,10 @@ class Stage:
             saved += heads + max(e, 4) * tokens * num_normed
         expanded = e * tokens * local.ffn_size * (1 + config.gated)
         if recompute == "selective":
-            return saved + expanded + e * tokens * rank * ("attn_out" in adapted)
+            return saved + expanded
         if config.activation == "relu" and not config.gated:
             expanded = 0  # its backward reads the output
-        low = sum(name in adapted for name in (ROWS if self.tp > 1 else (*COLUMNS, *ROWS)))
-        saved += expanded + e * tokens * (local.ffn_size * reads["ffn_out"] + rank * low)
+        saved += expanded + e * tokens * local.ffn_size * reads["ffn_out"]
         normed = [reads[name] or self.tp > 1 for name in COLUMNS]  # columns in parts keep what they read either way
         saved += state * sum(normed) + 2 * self.statistics(role)
         if is_lowest and not any(name.startswith("attn_norm") for name in trained):  # reads what needs no gradient

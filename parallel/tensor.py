@@ -26,6 +26,7 @@ from parallel.collectives import (
     scatter_to_sp,
 )
 
+NO_AXIS = Axis("tp", 1, 0)  # of products that are summed elsewhere, if at all
 VOCAB_MULTIPLE = 128  # rows of each vocabulary shard are padded to this, the block in which sampling sums probabilities
 
 # --- where a parameter lies -----------------------------------------------------------------------------------------
@@ -161,9 +162,9 @@ class Adapter(nn.Module):
         whole = Placement(is_partial=axis.size > 1)
         self.placements = {"a": placement, "b": whole} if placement.dim == 1 else {"a": whole, "b": placement}
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """What it adds to y, the layer's own product: [tokens, inputs here], [tokens, outputs here] -> like y"""
-        return torch.addmm(y, F.linear(x, self.a), self.b.t(), alpha=self.scale)
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        return self.a, self.b, self.scale
 
 
 class Linear(nn.Linear):
@@ -181,13 +182,14 @@ class Linear(nn.Linear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-        y = F.linear(x, self.weight, bias)
-        return y if self.adapter is None else self.adapter(x, y)
+        if self.adapter is None:
+            return F.linear(x, self.weight, bias)
+        return AdaptedProduct.apply(x, self.weight, bias, *self.adapter.low_rank, NO_AXIS, False)
 
     def merged_weight(self) -> Tensor:
         """The weight with its adapter's update in it; no gradient."""
         weight = self.weight.detach()
-        return weight if self.adapter is None else merge(weight, self.adapter.a, self.adapter.b, self.adapter.scale)
+        return weight if self.adapter is None else merge(weight, *self.adapter.low_rank)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -213,13 +215,13 @@ class ColumnParallelLinear(Linear):
     def forward(self, x: Tensor, sharded_tokens: bool = False) -> Tensor:
         if self.axis.size == 1 or not torch.is_grad_enabled():
             return self.product(all_gather(x, self.axis) if sharded_tokens else x, self.bias)
-        low_rank = (None, None, 0.0) if self.adapter is None else (self.adapter.a, self.adapter.b, self.adapter.scale)
-        return ColumnProduct.apply(x, self.weight, self.bias, *low_rank, self.axis, sharded_tokens)
+        low_rank = (None, None, 0.0) if self.adapter is None else self.adapter.low_rank
+        return AdaptedProduct.apply(x, self.weight, self.bias, *low_rank, self.axis, sharded_tokens)
 
 
-class ColumnProduct(torch.autograd.Function):
-    """x W^T + b, and an adapter's scale (x A^T) B^T, for sharded W and B; the backward sums the gradient of x over tp
-    while it computes those of the weights."""
+class AdaptedProduct(torch.autograd.Function):
+    """x W^T + b, and an adapter's scale (x A^T) B^T, for W and B divided by outputs over an axis; the backward sums the
+    gradient of x over it while it computes those of the weights. Neither way makes a second tensor like x or y."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, axis, sharded_tokens):
@@ -227,7 +229,7 @@ class ColumnProduct(torch.autograd.Function):
         ctx.settings = scale, axis, sharded_tokens, bias is not None
         x = all_gather(x, axis) if sharded_tokens else x
         y = F.linear(x, weight, bias)
-        return y if a is None else torch.addmm(y, F.linear(x, a), b.t(), alpha=scale)
+        return y if a is None else y.addmm_(F.linear(x, a), b.t(), alpha=scale)
 
     @staticmethod
     def backward(ctx, grad):
