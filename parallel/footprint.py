@@ -367,9 +367,10 @@ class Stage:
         return [*inputs, *layers, *outputs]
 
     def section(self, name: str, section: str) -> PlannedUnit:
-        """The last unit of a section that trains, or the last one."""
+        """The first unit of a section that trains, or of layers the last one; without any, one that does not."""
         found = [unit for unit in self.units[name] if unit.section == section]
-        return next((unit for unit in reversed(found) if unit.trainable), found[-1])
+        found = found[::-1] if section == "layer" else found
+        return next((unit for unit in found if unit.trainable), found[0])
 
     def trains(self, role: Role, name: str) -> bool:
         return role.trainable and (not role.is_tuned or role.tuning.trains(name, role.config.num_layers))
@@ -744,8 +745,10 @@ class Stage:
                 trained, adapted = layer_tuning(role.config, role.tuning, i)
                 has_backward = not role.is_tuned or bool(trained or adapted) or not self.reads_constants(role, i)
                 reads = [name in adapted or f"{name}.weight" in trained for name in COLUMNS]
+                constant = role.is_tuned and self.reads_constants(role, i) and not any("norm" in x for x in trained)
+                skipped = constant * ((not reads[0]) + (role.config.parallel_residual and not reads[1]))
                 gathers += 2 + has_backward * (2 + sum(reads) + 2 * again)
-                sums += 2 + has_backward * (2 + full)
+                sums += 2 + has_backward * (2 + full - skipped)
             if self.shards_tokens:  # columns gather twice, rows scatter, and gather backward
                 self.count(found, "tp", "all_gather", states, m * (gathers + trains_input + self.is_last))
                 self.count(found, "tp", "reduce_scatter", states, m * (sums + self.is_first))

@@ -337,18 +337,20 @@ CELLS = {
 }
 
 
-def check(config, ranks, layout, itemsize=2, rank=0, **sizes):
-    """The plan of a rank against its rehearsal: states and traffic in integers, peaks within 1 %."""
+def check(config, ranks, layout, itemsize=2, rank=0, tuning=WHOLE, **sizes):
+    """The plan of a rank against its rehearsal: states and traffic in integers, peaks within 1 %, and within 4 % where
+    small ones are left because most of the weights have no gradients."""
     dp = ranks // layout.tp // layout.pp
-    job = make_job(config, itemsize, dp=dp, **sizes)
+    job = make_job(config, itemsize, dp=dp, tuning=tuning, pp=layout.pp, **sizes)
+    near = 0.01 if tuning == WHOLE else 0.04
     found = rehearse(job, layout, ranks, rank)
     planned = Stage(job, layout, ranks, stage=rank // (layout.tp * dp), replica=rank // layout.tp % dp)
     states = all_states(planned)
     assert states == (found.weights, found.gradients, found.optimizer, found.host)
     phases, on_device = planned.memory().phases, sum(states[:3])
-    assert on_device + sum(phases["update"].values()) == pytest.approx(found.update, rel=0.01)
+    assert on_device + sum(phases["update"].values()) == pytest.approx(found.update, rel=near)
     if job.rollout:
-        assert on_device + sum(phases["rollout"].values()) == pytest.approx(found.rollout, rel=0.01)
+        assert on_device + sum(phases["rollout"].values()) == pytest.approx(found.rollout, rel=near)
     assert less_metrics(found.step_traffic, planned) == {key: n for key, n in planned.step_traffic().items() if n}
 
 
@@ -357,6 +359,22 @@ def test_plan_equals_a_rehearsal(cell):
     config, ranks, layout, rows = CELLS[cell]
     rollout = dict(rollout=16 * ranks, new_tokens=256) if cell in ("neox", "gpt2", "qwen3, gathered") else {}
     check(config, ranks, layout, 4 if "float32" in cell else 2, rank=ranks - 1, seq_len=1024, rows=rows, **rollout)
+
+
+TUNED_CELLS = {
+    "neox, adapters": (PYTHIA, 2, Layout(tp=2), 2, "lora"),
+    "neox, some adapters": (PYTHIA, 2, Layout(tp=2), 2, "lora of some"),
+    "neox, adapters, gathered": (PYTHIA, 8, Layout(zero=3, recompute="full"), 4, "lora"),
+    "qwen3, upper layers": (QWEN, 4, Layout(tp=2, zero=1), 2, "upper layers"),
+    "neox, parts": (PYTHIA, 2, Layout(), 2, "parts"),
+}
+
+
+@pytest.mark.parametrize("cell", TUNED_CELLS)
+def test_plan_of_what_trains_equals_a_rehearsal(cell):
+    config, ranks, layout, rows, name = TUNED_CELLS[cell]
+    sizes = dict(seq_len=768, rows=rows, rollout=16 * ranks, new_tokens=256)
+    check(config, ranks, layout, rank=ranks - 1, tuning=TUNINGS[name], **sizes)
 
 
 STAGES = {
