@@ -547,9 +547,9 @@ def test_ppo_rejects_a_vocabulary_that_does_not_fit(flag, reward_folder, tmp_pat
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
-    """Half of the default run: its folder."""
+    """The first 60 of 200 steps of the default run: its folder."""
     folder = tmp_path_factory.mktemp("learnt")
-    status, out, err = run("reward_model.py", "--max-steps", 100, cwd=folder, fresh=True)
+    status, out, err = run("reward_model.py", "--max-steps", 60, cwd=folder, fresh=True)
     assert status == 0, err
     assert "confidence 0." in out
     return folder / "runs/reward_model"

@@ -70,11 +70,11 @@ def test_stop_sequence_ends_sentences(tmp_path):
 
 
 def test_ppo_makes_stories_happier(tmp_path):
-    """Ten iterations of PPO on a user's own reward gain more than four standard errors; the KL stays bounded."""
+    """Five iterations of PPO on a user's own reward gain more than four standard errors; the KL stays bounded."""
     flags = ("--model", MODEL, "--data", STORIES / "train.jsonl.gz", "--eval-data", STORIES / "valid.jsonl.gz")
     flags += ("--prompt-tokens", 16, "--sampling.max-new-tokens", 48, "--batch-size", 128, "--eval-samples", 400)
     flags += ("--reward", ROOT / "tests/happy_stories.py:happiness", "--optim.lr", 3e-4, "--value-lr", 3e-3)
-    flags += ("--kl-coef", 0.03, "--max-iterations", 10, "--output-dir", tmp_path / "run")
+    flags += ("--kl-coef", 0.03, "--max-iterations", 5, "--output-dir", tmp_path / "run")
     status, _, err = run("ppo.py", *flags, cwd=tmp_path)
     assert status == 0, err
     before, after = read_rows(tmp_path / "run", "eval")
