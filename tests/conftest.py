@@ -9,7 +9,7 @@ import pytest  # noqa: E402
 from tests.ranks import close_pools  # noqa: E402
 
 # Files that take longest begin first, so that the workers end together.
-LONGEST = ("test_scripts.py", "test_layouts.py", "test_reward_model.py", "test_ilql.py", "test_faults.py")
+LONGEST = "layouts scripts plan ilql kernels_compiled order zero faults reward_model stories".split()
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -18,7 +18,8 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,7 @@ import pytest
 
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # threads of numpy's products spin
-TIMEOUT = 120.0  # seconds for one call
+TIMEOUT = 300.0  # seconds for one call
 _workers: list = []  # one process, and the pipe to it
 
 

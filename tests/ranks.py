@@ -15,7 +15,7 @@ from multiprocessing import connection
 
 import pytest
 
-TIMEOUT = 60.0  # seconds for one call, unless the test gives another
+TIMEOUT = 180.0  # seconds for one call, unless the test gives another
 GRACE = 1.0  # seconds that the other ranks have to report once one has failed
 
 LOADED = ["torch", "torch._dynamo", "torch.distributed", "parallel.pipeline", "parallel.optim", "parallel.run"]

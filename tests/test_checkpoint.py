@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -32,7 +31,7 @@ from parallel.mesh import init_mesh  # noqa: E402
 from parallel.model import Decoder, ScalarHead  # noqa: E402
 from parallel.training_state import Piece, load_training_state, save_training_state  # noqa: E402
 from tasks.random_walks import make_tokenizer  # noqa: E402
-from tests.ranks import run_ranks  # noqa: E402
+from tests.ranks import context, run_ranks  # noqa: E402
 from tests.scripts import TINY_GPT2, make_tiny_model  # noqa: E402
 
 MESH = init_mesh()
@@ -218,7 +217,7 @@ def test_loading_holds_no_second_copy(tmp_path):
             parameter.fill_(0.1)
     save_decoder(decoder, tmp_path / "model", MESH)
     del decoder
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # without freed memory to use again
+    with context.Pool(1) as pool:  # without freed memory to use again
         peak = pool.apply(peak_of_load, (tmp_path / "model",))
     assert 0.9 < peak < 1.05, peak
 

@@ -304,7 +304,7 @@ def assert_same_samples(results, expected, dtype):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=20), Sampling(temperature=0, max_new_tokens=20)])
 def test_generation_equals_one_process(case, ranks, sampling):
-    for dtype in ("float32", "float64"):
+    for dtype in ("float32", "float64") if sampling.temperature > 0 else ("float32",):
         expected = sample(case, dtype, Layout(), sampling)
         assert len({i for ids in expected[1] for i in ids}) > 20 * (sampling.temperature > 0)
         assert_same_samples(run_ranks(ranks, sample, case, dtype, Layout(tp=ranks), sampling), expected, dtype)
@@ -631,17 +631,17 @@ def train_a_little(case, layout, num_steps, folder, resume=False):
 
 @pytest.mark.parametrize("case", ["gpt2", "qwen3"])
 def test_state_goes_on_under_another_layout(case, tmp_path):
-    """Three steps on one process, the next twenty on it and, from its state, on others, and back."""
+    """Three steps on one process, the next eight on it and, from its state, on others, and back."""
     layouts = [(2, Layout(tp=2)), (4, Layout(tp=4, sequence_parallel=False))]
     layouts += [(2, Layout(pp=2)), (4, Layout(pp=2, tp=2)), (4, Layout(pp=2, zero=3))]
     train_a_little(case, Layout(), 3, tmp_path / "one")
-    expected = train_a_little(case, Layout(), 20, tmp_path / "one", True)
+    expected = train_a_little(case, Layout(), 8, tmp_path / "one", True)
     for ranks, layout in layouts:
-        for losses in run_ranks(ranks, train_a_little, case, layout, 20, tmp_path / "one", True):
+        for losses in run_ranks(ranks, train_a_little, case, layout, 8, tmp_path / "one", True):
             assert losses == pytest.approx(expected, rel=1e-6, abs=1e-6)
         folder = tmp_path / show(layout)
         run_ranks(ranks, train_a_little, case, layout, 3, folder)
-        losses = train_a_little(case, Layout(), 20, folder, True)
+        losses = train_a_little(case, Layout(), 8, folder, True)
         assert losses == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 

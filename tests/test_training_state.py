@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import multiprocessing
 import os
 from itertools import product
 from pathlib import Path
@@ -27,7 +26,7 @@ from parallel.training_state import (
     range_boxes,
     save_training_state,
 )
-from tests.ranks import run_ranks
+from tests.ranks import context, run_ranks
 from tests.states import assert_equal_states, full_state, read_state
 from tests.test_checkpoint import peak_of
 from tests.zero_models import make_loss, make_microbatches, make_roles
@@ -293,6 +292,6 @@ def peaks_of_state(folder):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_neither_save_nor_load_copies_the_state(tmp_path):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # without freed memory to use again
+    with context.Pool(1) as pool:  # without freed memory to use again
         for peak in pool.apply(peaks_of_state, (tmp_path,)):
             assert peak < 1.5 / 64, "more than one parameter"
