@@ -302,7 +302,7 @@ def assert_same_samples(results, expected, dtype):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=20), Sampling(temperature=0, max_new_tokens=20)])
+@pytest.mark.parametrize("sampling", [Sampling(max_new_tokens=12), Sampling(temperature=0, max_new_tokens=12)])
 def test_generation_equals_one_process(case, ranks, sampling):
     for dtype in ("float32", "float64") if sampling.temperature > 0 else ("float32",):
         expected = sample(case, dtype, Layout(), sampling)
@@ -327,9 +327,9 @@ def test_generation_through_stages_equals_one_process(ranks, layout, rollout):
     for i, case in enumerate(CASES):
         if ranks < 8 or i < 2:
             dtype = "float64" if (i + ranks) % 2 else "float32"
-            expected = sample(case, dtype, Layout(), Sampling(max_new_tokens=20), 5)
+            expected = sample(case, dtype, Layout(), Sampling(max_new_tokens=12), 5)
             results = run_ranks(
-                ranks, sample, case, dtype, replace(layout, rollout=rollout), Sampling(max_new_tokens=20), 5
+                ranks, sample, case, dtype, replace(layout, rollout=rollout), Sampling(max_new_tokens=12), 5
             )
             assert_same_samples(results, expected, dtype)
             assert len({tuple(mine) for mine, *_ in results}) == ranks // layout.tp // (
