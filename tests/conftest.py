@@ -14,7 +14,7 @@ LONGEST = "layouts scripts plan ilql kernels_compiled order zero faults reward_m
 
 def pytest_xdist_auto_num_workers(config):
     """Two for the whole suite; files or tests that the command names run in the process itself, where --pdb works."""
-    return 0 if config.option.file_or_dir else 2
+    return 2 if all(map(os.path.isdir, config.option.file_or_dir)) else 0
 
 
 def pytest_collection_modifyitems(items):
