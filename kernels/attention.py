@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.launch import Tiles, architecture, has_kernels, jit, runs_triton, tl
+from kernels.launch import Tiles, architecture, differentiable_once, has_kernels, jit, runs_triton, tl
 
 LOG2_E = 1.4426950408889634
 EXPLICIT_MAX_LEN = 128  # up to this row length two batched matrix products and a softmax beat the fused CPU kernel
@@ -23,11 +23,14 @@ EXPLICIT_MAX_LEN = 128  # up to this row length two batched matrix products and 
 class Visible:
     """Which keys each query of a batch sees; made once a forward for all layers that share a window.
 
-    Shapes: first_key [batch, seq_len], the first position of each token's document in row coordinates; in each row it
-        never falls.
+    Args: window: how many keys a query sees at most, its own among them; None: all.
+    Shapes: first_key [batch, seq_len] integers, the first position of each token's document in row coordinates; in each
+        row it never falls.
     """
 
     def __init__(self, first_key: Tensor, window: int | None = None):
+        if window is not None and window < 1:
+            raise ValueError(f"a window of {window} keys: at least 1, the query's own")
         self.first_key, self.window = first_key, window
 
     @cached_property
@@ -138,6 +141,9 @@ TILES = {
     (80, 128): (Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2), Tiles(128, 32, 8, 2)),
     (80, 256): (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)),
 }
+DELTA_ROWS = 64
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_BATCH = 65535  # of a launch's third dimension
 FLOAT32_TILES = Tiles(16, 16, 8, 1)  # exact products go without tensor cores, through registers
 
 
@@ -448,56 +454,78 @@ class FlashAttention(torch.autograd.Function):
         q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
         batch, seq_len, heads, head_dim = q.shape
         tiles, _, _ = tiles_of(head_dim, q.itemsize, architecture(q.device.index))
-        out = q.new_empty(q.shape)
-        lse = q.new_empty(batch, heads, seq_len, dtype=torch.float32)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(batch, heads, seq_len, dtype=torch.float32, device=q.device)
         if q.numel():
             d0, d1 = PIECES[head_dim]
-            flash_forward[(-(-seq_len // tiles.rows), heads, batch)](
-                q, k, v, out, lse, earliest, LOG2_E * head_dim**-0.5, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                seq_len, GROUP=heads // k.shape[2], D0=d0, D1=d1, BM=tiles.rows, BN=tiles.columns,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-            )  # fmt: skip
+            with torch.cuda.device_of(q):
+                flash_forward[(-(-seq_len // tiles.rows), heads, batch)](
+                    q, k, v, out, lse, earliest, LOG2_E * head_dim**-0.5, *q.stride()[:3], *k.stride()[:3],
+                    *v.stride()[:3], seq_len, GROUP=heads // k.shape[2], D0=d0, D1=d1, BM=tiles.rows, BN=tiles.columns,
+                    num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, earliest, after)
         return out
 
     @staticmethod
+    @differentiable_once
     def backward(ctx, grad):
         q, k, v, out, lse, earliest, after = ctx.saved_tensors
-        grad = grad if grad.stride(3) == 1 else grad.contiguous()
+        grad = grad.contiguous()
         batch, seq_len, heads, head_dim = q.shape
         _, kv_tiles, q_tiles = tiles_of(head_dim, q.itemsize, architecture(q.device.index))
-        delta = torch.empty_like(lse)
+        delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if not q.numel():
             return dq, dk, dv, None, None
         d0, d1 = PIECES[head_dim]
         strides = [n for x in (q, k, v, grad) for n in x.stride()[:3]]
         scale, kv_heads = LOG2_E * head_dim**-0.5, k.shape[2]
-        flash_delta[(-(-seq_len // 64), heads, batch)](
-            out, grad, delta, *grad.stride()[:3], seq_len, D0=d0, D1=d1, BM=64
-        )
-        flash_backward_kv[(-(-seq_len // kv_tiles.columns), kv_heads, batch)](
-            q, k, v, grad, lse, delta, dk, dv, after, scale, *strides, seq_len, GROUP=heads // kv_heads, D0=d0, D1=d1,
-            BM=kv_tiles.rows, BN=kv_tiles.columns, num_warps=kv_tiles.num_warps, num_stages=kv_tiles.num_stages,
-        )  # fmt: skip
-        flash_backward_q[(-(-seq_len // q_tiles.rows), heads, batch)](
-            q, k, v, grad, lse, delta, dq, earliest, scale, *strides, seq_len, GROUP=heads // kv_heads, D0=d0, D1=d1,
-            BM=q_tiles.rows, BN=q_tiles.columns, num_warps=q_tiles.num_warps, num_stages=q_tiles.num_stages,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            flash_delta[(-(-seq_len // DELTA_ROWS), heads, batch)](
+                out, grad, delta, *grad.stride()[:3], seq_len, D0=d0, D1=d1, BM=DELTA_ROWS
+            )
+            flash_backward_kv[(-(-seq_len // kv_tiles.columns), kv_heads, batch)](
+                q, k, v, grad, lse, delta, dk, dv, after, scale, *strides, seq_len, GROUP=heads // kv_heads, D0=d0,
+                D1=d1, BM=kv_tiles.rows, BN=kv_tiles.columns, num_warps=kv_tiles.num_warps,
+                num_stages=kv_tiles.num_stages,
+            )  # fmt: skip
+            flash_backward_q[(-(-seq_len // q_tiles.rows), heads, batch)](
+                q, k, v, grad, lse, delta, dq, earliest, scale, *strides, seq_len, GROUP=heads // kv_heads, D0=d0,
+                D1=d1, BM=q_tiles.rows, BN=q_tiles.columns, num_warps=q_tiles.num_warps,
+                num_stages=q_tiles.num_stages,
+            )  # fmt: skip
         return dq, dk, dv, None, None
 
 
-def check_kernel_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError for what the kernels do not do."""
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention kernels take bfloat16, float16 or float32, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v lie on {q.device}, {k.device} and {v.device}: one device, please")
-    if q.shape[2] % k.shape[2] or k.shape != v.shape or q.shape[:2] != k.shape[:2]:
-        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not fit: see the shapes below")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[1] * x.stride(1) >= 2**31:
-            raise ValueError(f"a row of {name} spans {x.shape[1] * x.stride(1):,} numbers, beyond 2^31: shorter rows")
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> None:
+    """Raises ValueError for what neither the reference nor kernels can compute."""
+    first_key = visible.first_key
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2] == first_key.shape
+    if not fits or q.shape[3] != k.shape[3] or not k.shape[2] or q.shape[2] % k.shape[2]:
+        given = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}, first_key {list(first_key.shape)}"
+        wanted = "q [batch, seq_len, heads, head_dim], k and v with a divisor of heads, first_key [batch, seq_len]"
+        raise ValueError(f"{given} do not fit: should be {wanted}")
+    if q.dtype not in (*DTYPES, torch.float64) or not q.dtype == k.dtype == v.dtype:
+        given = f"{q.dtype}, {k.dtype} and {v.dtype}"
+        raise ValueError(f"q, k and v are {given}: should be the same, one of bfloat16, float16, float32 and float64")
+    if first_key.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"first_key is {first_key.dtype}: should be int64 or int32")
+    if not q.device == k.device == v.device == first_key.device:
+        devices = f"{q.device}, {k.device}, {v.device} and {first_key.device}"
+        raise ValueError(f"q, k, v and first_key lie on {devices}: one device, please")
+
+
+def check_offsets(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError for sizes that kernels do not index: offsets within a row or over heads are 32 bits wide."""
+    rows = {"q": q, "k": k, "v": v}
+    spans = {name: max(x.shape[1] * x.stride(1), x.shape[2] * x.stride(2)) for name, x in rows.items()}
+    spans["the output"] = q[:1].numel()
+    for name, span in spans.items():
+        if span >= 2**31:
+            raise ValueError(f"a row of {name} spans {span:,} numbers, beyond 2^31: shorter rows, or fewer heads")
+    if len(q) > MAX_BATCH:
+        raise ValueError(f"{len(q):,} rows: attention kernels take {MAX_BATCH:,} at most")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
@@ -507,10 +535,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
 
     Shapes: q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_kv_heads, head_dim]
         -> [batch, seq_len, num_heads, head_dim]
+    Raises: ValueError for shapes, dtypes or devices that do not fit, or are beyond what kernels index.
     Source: Vaswani et al. 2017 (arXiv 1706.03762), eq. 1.
     """
+    check_inputs(q, k, v, visible)
     if q.dtype != torch.float64 and runs_triton(q) and has_kernels("attention", q.shape[3], tuple(PIECES)):
-        check_kernel_inputs(q, k, v)
+        check_offsets(q, k, v)
         return FlashAttention.apply(q, k, v, *visible.bounds)
     if not q.is_cuda and q.shape[1] <= EXPLICIT_MAX_LEN:
         return ExplicitAttention.apply(q, k, v, visible.bias.to(q.dtype))

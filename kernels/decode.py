@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.launch import Tiles, architecture, has_kernels, jit, runs_triton, tl
+from kernels.launch import Tiles, architecture, has_kernels, jit, overlaps_itself, runs_triton, tl
 from kernels.pointwise import rotate_
 
 
@@ -250,16 +250,17 @@ def merge_kernel(
 
 def append_by_kernel(qkv, cache, step, num_heads, tables, interleaved) -> Tensor:
     num_sequences, (_, _, num_kv_heads, max_len, head_dim) = len(qkv), cache.shape
-    q = qkv.new_empty(num_sequences, num_heads, head_dim)
+    q = torch.empty(num_sequences, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     cos, sin = (qkv, qkv) if tables is None else (x.contiguous() for x in tables)
     half = 0 if tables is None else cos.shape[-1]
     grid = (num_sequences, -(-(num_heads + 2 * num_kv_heads) // APPEND_HEADS))
     if num_sequences:
-        append_kernel[grid](
-            qkv, q, cache, step.lens, cos, sin, qkv.stride(0), *cache.stride()[:4], max_len, num_heads, num_kv_heads,
-            HEAD_DIM=head_dim, PADDED=1 << (head_dim - 1).bit_length(), HALF=half, INTERLEAVED=interleaved,
-            HEADS=APPEND_HEADS, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(qkv):
+            append_kernel[grid](
+                qkv, q, cache, step.lens, cos, sin, qkv.stride(0), *cache.stride()[:4], max_len, num_heads,
+                num_kv_heads, HEAD_DIM=head_dim, PADDED=1 << (head_dim - 1).bit_length(), HALF=half,
+                INTERLEAVED=interleaved, HEADS=APPEND_HEADS, num_warps=4,
+            )  # fmt: skip
     return q
 
 
@@ -273,15 +274,16 @@ def decode_attention_by_kernels(q, cache, step, window) -> Tensor:
     acc = torch.empty(num_sequences, num_heads, num_splits, head_dim, dtype=torch.float32, device=q.device)
     stats = torch.empty(num_sequences, num_heads, num_splits, 2, dtype=torch.float32, device=q.device)
     if num_sequences:
-        split_kernel[(num_sequences, num_kv_heads * -(-group // QUERY_ROWS), num_splits)](
-            q, cache, step.lens, acc, stats, LOG2_E * head_dim**-0.5, *q.stride()[:2], *cache.stride()[:4], max_len,
-            window, num_heads, group, num_splits, ROWS=QUERY_ROWS, SPLIT=tiles.rows, BN=tiles.columns, D0=d0, D1=d1,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
-        merge_kernel[(num_sequences, num_heads)](
-            acc, stats, step.lens, out, max_len, window, num_splits, SPLIT=tiles.rows, HEAD_DIM=head_dim,
-            PADDED=1 << (head_dim - 1).bit_length(), num_warps=1,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            split_kernel[(num_sequences, num_kv_heads * -(-group // QUERY_ROWS), num_splits)](
+                q, cache, step.lens, acc, stats, LOG2_E * head_dim**-0.5, *q.stride()[:2], *cache.stride()[:4], max_len,
+                window, num_heads, group, num_splits, ROWS=QUERY_ROWS, SPLIT=tiles.rows, BN=tiles.columns, D0=d0, D1=d1,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            )  # fmt: skip
+            merge_kernel[(num_sequences, num_heads)](
+                acc, stats, step.lens, out, max_len, window, num_splits, SPLIT=tiles.rows, HEAD_DIM=head_dim,
+                PADDED=1 << (head_dim - 1).bit_length(), num_warps=1,
+            )  # fmt: skip
     return out
 
 
@@ -316,11 +318,11 @@ def append(
     if tables is not None:
         half = tables[0].shape[-1]
         wanted = (num_sequences, 1, half)
-        if any(x.shape != wanted or x.dtype != qkv.dtype for x in tables) or not 0 < 2 * half <= head_dim:
-            shapes = ", ".join(f"{list(x.shape)} {x.dtype}" for x in tables)
-            raise ValueError(
-                f"tables are {shapes}, not [{num_sequences}, 1, at most {head_dim // 2}] of {qkv.dtype}, as qkv is"
-            )
+        fits = all(x.shape == wanted and x.dtype == qkv.dtype and x.device == qkv.device for x in tables)
+        if not fits or not 0 < 2 * half <= head_dim:
+            shapes = ", ".join(f"{list(x.shape)} {x.dtype} on {x.device}" for x in tables)
+            wanted = f"[{num_sequences}, 1, at most {head_dim // 2}] of {qkv.dtype} on {qkv.device}"
+            raise ValueError(f"tables are {shapes}, not {wanted}, as qkv is")
     if has_kernels_for(qkv, head_dim):
         check_for_kernels(qkv, cache, step)
         return append_by_kernel(qkv, cache, step, num_heads, tables, interleaved)
@@ -359,20 +361,21 @@ def check_cache(x: Tensor, cache: Tensor, step: Step) -> None:
     if cache.dtype != x.dtype or not cache.device == x.device == step.lens.device:
         given = f"{x.dtype} on {x.device}, the cache {cache.dtype} on {cache.device}, lengths on {step.lens.device}"
         raise ValueError(f"new heads are {given}: one dtype and device, please")
+    if step.lens.ndim != 1 or step.lens.dtype not in (torch.int32, torch.int64) or not step.lens.is_contiguous():
+        raise ValueError(f"lengths are {list(step.lens.shape)} {step.lens.dtype}, not contiguous integers [sequences]")
+    if overlaps_itself(cache):
+        raise ValueError(f"the cache's strides {cache.stride()} give different tokens the same memory")
+    if x.untyped_storage()._cdata == cache.untyped_storage()._cdata:
+        raise ValueError("new heads and cache share their memory: give new heads their own")
 
 
 def check_for_kernels(x: Tensor, cache: Tensor, step: Step) -> None:
     """Raises ValueError for what the kernels do not do."""
     if x.dtype not in DTYPES:
         raise ValueError(f"decode kernels take bfloat16, float16 or float32, not {x.dtype}")
-    if step.lens.ndim != 1 or step.lens.dtype not in (torch.int32, torch.int64) or not step.lens.is_contiguous():
-        raise ValueError(f"lengths are {list(step.lens.shape)} {step.lens.dtype}, not contiguous integers [sequences]")
     if x.stride(-1) != 1 or cache.stride(4) != 1:
         strides = f"{x.stride(-1)} in new heads, {cache.stride(4)} in the cache"
         raise ValueError(f"the features of a head are {strides} apart: they must be neighbours")
-    if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride(), strict=True)):
-        raise ValueError(f"the cache's strides {cache.stride()} give different tokens the same memory")
-    if cache.shape[3] * cache.stride(3) >= 2**31:
-        raise ValueError(f"a head's cache spans {cache.shape[3] * cache.stride(3):,} numbers, beyond 2^31")
-    if x.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr():
-        raise ValueError("new heads and cache share their memory: give new heads their own")
+    for name, span in (("a head's cache", cache.shape[3] * cache.stride(3)), ("a query", x.shape[1] * x.stride(1))):
+        if span >= 2**31:
+            raise ValueError(f"{name} spans {span:,} numbers, beyond 2^31")

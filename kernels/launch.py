@@ -91,3 +91,28 @@ def has_kernels(name: str, head_dim: int, head_dims: tuple[int, ...]) -> bool:
         raise ValueError(text)
     _say_once(f"kernels: PyTorch; those of {text.removeprefix('kernels of ')}")
     return False
+
+
+def differentiable_once(backward):
+    """A backward that refuses to be differentiated: what it computes from saved tensors has no graph.
+
+    torch's own `once_differentiable` refuses only where the incoming gradient has one.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise ValueError("kernels have no second derivative: take gradients without create_graph=True")
+        return backward(ctx, *grads)
+
+    return run
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Whether two entries of x may share memory, so that it must not be written to."""
+    span = 1  # of the dimensions so far, from the closest entries to those furthest apart
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride < span:
+            return x.numel() > 0
+        span += stride * (size - 1)
+    return False

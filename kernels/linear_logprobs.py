@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels.launch import Tiles, architecture, jit, runs_triton, tl, triton
+from kernels.launch import Tiles, architecture, differentiable_once, jit, runs_triton, tl, triton
 
 CHUNK_ELEMENTS = 1 << 23  # logits that the backward holds at a time: 32 MiB in float32
 BLOCK_ELEMENTS, BLOCK_ROWS = (
@@ -82,6 +81,7 @@ class LinearLogprobs(torch.autograd.Function):
         return largest, sum_exp, target, weighted
 
     @staticmethod
+    @differentiable_once
     def backward(ctx, _, grad_sum_exp, grad_target, grad_weighted):
         hidden, weight, token_ids, bias, largest = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # becomes the gradient; a second backward would compute it again
@@ -416,7 +416,7 @@ class KernelLinearLogprobs(torch.autograd.Function):
         return largest, sum_exp, target, weighted
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, _, *grads):
         hidden, weight, token_ids, bias, largest = ctx.saved_tensors
         temperature, vocab_start, num_valid, chunk, stride = ctx.settings

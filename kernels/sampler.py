@@ -239,22 +239,24 @@ class KernelWeights:
         sums = torch.empty(n, vocab // BLOCK, dtype=torch.float64, device=self.logits.device)
         tensors, numbers = self.weighing()
         if n:
-            sum_kernel[(-(-sums.numel() // tiles.rows),)](
-                *tensors, sums, *numbers, n, vocab // BLOCK, BLOCK=BLOCK, BLOCKS=tiles.rows,
-                HAS_BORDER=self.least is not None, num_warps=tiles.num_warps,
-            )  # fmt: skip
+            with torch.cuda.device_of(self.logits):
+                sum_kernel[(-(-sums.numel() // tiles.rows),)](
+                    *tensors, sums, *numbers, n, vocab // BLOCK, BLOCK=BLOCK, BLOCKS=tiles.rows,
+                    HAS_BORDER=self.least is not None, num_warps=tiles.num_warps,
+                )  # fmt: skip
         return sums
 
     def border(self, top_k: int, mass: Tensor | None) -> Tensor:
         (n, vocab), tiles = self.logits.shape, TILES["border"]
-        border = torch.empty_like(self.largest)
+        border = torch.empty(n, dtype=torch.float32, device=self.logits.device)
         (logits, largest, _), numbers = self.weighing()
         if n:
-            border_kernel[(-(-n // tiles.rows),)](
-                logits, largest, largest if mass is None else mass, border, *numbers, n, vocab, top_k or NO_LIMIT,
-                ROWS=tiles.rows, IDS=tiles.columns, HAS_MASS=mass is not None, ONE=ONE, HALVINGS=HALVINGS,
-                num_warps=tiles.num_warps,
-            )  # fmt: skip
+            with torch.cuda.device_of(self.logits):
+                border_kernel[(-(-n // tiles.rows),)](
+                    logits, largest, largest if mass is None else mass, border, *numbers, n, vocab, top_k or NO_LIMIT,
+                    ROWS=tiles.rows, IDS=tiles.columns, HAS_MASS=mass is not None, ONE=ONE, HALVINGS=HALVINGS,
+                    num_warps=tiles.num_warps,
+                )  # fmt: skip
         return border
 
     def draw(self, prefix: Tensor, noise: Tensor, total: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -263,14 +265,15 @@ class KernelWeights:
             if x.dtype != torch.float64 or not x.is_contiguous() or len(x) != n:
                 raise ValueError(f"{name} is {x.dtype} {list(x.shape)}, not contiguous float64 of {n} rows")
         token_ids = torch.empty(n, dtype=torch.int64, device=prefix.device)
-        logprobs = torch.empty_like(self.largest)
+        logprobs = torch.empty(n, dtype=torch.float32, device=prefix.device)
         tensors, numbers = self.weighing()
         if n:
-            draw_kernel[(-(-n // tiles.rows),)](
-                *tensors, prefix, noise, total, token_ids, logprobs, *numbers, n, num_blocks, start // BLOCK,
-                vocab // BLOCK, BLOCK=BLOCK, PADDED=1 << (num_blocks - 1).bit_length(), ROWS=tiles.rows,
-                HAS_BORDER=self.least is not None, num_warps=tiles.num_warps,
-            )  # fmt: skip
+            with torch.cuda.device_of(self.logits):
+                draw_kernel[(-(-n // tiles.rows),)](
+                    *tensors, prefix, noise, total, token_ids, logprobs, *numbers, n, num_blocks, start // BLOCK,
+                    vocab // BLOCK, BLOCK=BLOCK, PADDED=1 << (num_blocks - 1).bit_length(), ROWS=tiles.rows,
+                    HAS_BORDER=self.least is not None, num_warps=tiles.num_warps,
+                )  # fmt: skip
         return token_ids, logprobs
 
 

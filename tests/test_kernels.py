@@ -1,13 +1,20 @@
 """The PyTorch references in kernels/ against float64 formulas written out plainly."""
 
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from kernels import launch
 from kernels import linear_logprobs as linear_logprobs_file
 from kernels.attention import EXPLICIT_MAX_LEN, Visible, attention
 from kernels.decode import Step, decode_attention
-from kernels.launch import has_kernels
+from kernels.launch import has_kernels, overlaps_itself, runs_triton
 from kernels.linear_logprobs import linear_logprobs
+from kernels.pointwise import rotate_
 
 
 def plain_attention(q, k, v, first_key, window):
@@ -147,3 +154,97 @@ def test_head_dims_without_kernels_are_left_to_pytorch_and_said_once(monkeypatch
     monkeypatch.setenv("KERNELS", "triton")
     with pytest.raises(ValueError, match="a test take head dims 32, 64, not 48"):
         has_kernels("a test", 48, (32, 64))
+
+
+WITHOUT_TRITON = """
+import importlib.abc, pathlib, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+sys.meta_path.insert(0, Hidden())
+sys.modules["triton"] = None
+import importlib, os, torch
+for file in pathlib.Path("kernels").glob("[!_]*.py"):
+    importlib.import_module(f"kernels.{file.stem}")
+from kernels.attention import Visible, attention
+x = torch.randn(1, 3, 2, 32)
+attention(x, x, x, Visible(torch.zeros(1, 3, dtype=torch.long)))
+os.environ["KERNELS"] = "triton"
+try:
+    attention(x, x, x, Visible(torch.zeros(1, 3, dtype=torch.long)))
+except ValueError as problem:
+    print(problem)
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_kernels_import_without_triton_and_without_a_gpu():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(
+        command, cwd=root, env={"PATH": "", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "KERNELS=triton, but the package triton is not installed\n"
+
+
+def test_who_runs_triton(monkeypatch, capsys):
+    """GPUs from sm_80 on; older ones and those without Triton say once that they do not; KERNELS forces either."""
+    gpu, capability = SimpleNamespace(is_cuda=True, device="cuda:0"), [(7, 5)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.delenv("KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(launch, "triton", "there")
+    launch._say_once.cache_clear()
+    assert [runs_triton(gpu), runs_triton(gpu), runs_triton(torch.zeros(1))] == [False] * 3
+    assert capsys.readouterr().out == "kernels: PyTorch, since this GPU is sm_75 and Triton's need sm_80\n"
+    for capability[0] in ((8, 0), (8, 6), (9, 0), (10, 0)):
+        assert runs_triton(gpu)
+    monkeypatch.setenv("KERNELS", "reference")
+    assert not runs_triton(gpu)
+    monkeypatch.setenv("KERNELS", "triton")
+    assert runs_triton(gpu)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        runs_triton(torch.zeros(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert runs_triton(torch.zeros(1))
+    monkeypatch.setenv("KERNELS", "cuda")
+    with pytest.raises(ValueError, match="KERNELS=cuda: takes reference or triton"):
+        runs_triton(gpu)
+    monkeypatch.delenv("KERNELS")
+    monkeypatch.setattr(launch, "triton", None)
+    assert not runs_triton(gpu) and not runs_triton(gpu)
+    assert capsys.readouterr().out == "kernels: PyTorch, since the package triton is not installed\n"
+
+
+def test_overlaps_itself_finds_entries_that_share_memory():
+    x = torch.zeros(6, 5, 4)
+    for alone in (x, x.transpose(0, 2), x[::2, 1:, ::3], x[:, :1].transpose(1, 2), x[:0], x[2:3].expand(1, 5, 4)):
+        assert not overlaps_itself(alone)
+    for shared in (x[:1].expand(6, 5, 4), x.as_strided((3, 4), (2, 1)), x.as_strided((3, 4), (3, 1))):
+        assert overlaps_itself(shared)
+
+
+def rotate_misfit(**changed):
+    x, cos = torch.zeros(4, 96), torch.ones(4, 1, 16)
+    given = {"x": x, "cos": cos, "sin": cos, "num_heads": 2, "head_dim": 32, "interleaved": False} | changed
+    return rotate_(*given.values())
+
+
+@pytest.mark.parametrize(
+    "changed, text",
+    [
+        ({"num_heads": 4}, "4 heads of 32.*do not fit"),
+        ({"head_dim": 40}, "heads of 40.*do not fit"),
+        ({"sin": torch.ones(4, 1, 8)}, r"sin \[4, 1, 8\] do not fit"),
+        ({"cos": torch.ones(4, 1, 17), "sin": torch.ones(4, 1, 17)}, r"cos \[4, 1, 17\]"),
+        ({"cos": torch.ones(3, 1, 16), "sin": torch.ones(3, 1, 16)}, r"cos \[3, 1, 16\]"),
+        ({"cos": torch.ones(4, 1, 16).half()}, "torch.float32 on cpu, torch.float16 on cpu"),
+        ({"x": torch.zeros(1, 96).expand(4, 96)}, r"strides \(0, 1\)"),
+    ],
+)
+def test_rotate_rejects_misfits(changed, text):
+    rotate_misfit()
+    with pytest.raises(ValueError, match=text):
+        rotate_misfit(**changed)

@@ -8,20 +8,11 @@ import torch
 from kernels import attention as attention_file
 from kernels.attention import PIECES, TILES, Visible, attention, tiles_of
 from kernels.launch import Tiles
-from tests.interpreter import run_interpreted
+from tests.interpreter import Fence, run_interpreted
 from tests.test_kernels import plain_gradients
 
 FORWARD = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # |a - b| / |b|
 GRADIENTS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
-GUARD = 64  # entries around every input
-
-
-def guarded(x):
-    """The same numbers between NaNs."""
-    whole = torch.full((x.numel() + 2 * GUARD,), torch.nan, dtype=x.dtype)
-    inner = whole[GUARD : GUARD + x.numel()].view(x.shape)
-    inner.copy_(x)
-    return inner
 
 
 def error(a, b, scale=1.0):
@@ -42,28 +33,28 @@ def documents(batch, seq_len, lens):
     return first_key
 
 
-def inputs_of(shape, kv_heads, dtype, packed):
-    """q, k, v: of one tensor, as layers give them, or each between NaNs; and a gradient."""
-    batch, seq_len, heads, head_dim = shape
+def inputs_of(shape, kv_heads, dtype, packed, fence=None):
+    """q, k, v: of one tensor, as layers give them, or each by itself; and a gradient; all in fenced memory."""
+    fence, (batch, seq_len, heads, head_dim) = fence or Fence(), shape
     x = torch.randn(batch, seq_len, heads + 2 * kv_heads, head_dim).to(dtype)
-    parts = guarded(x).split((heads, kv_heads, kv_heads), 2) if packed else x.split((heads, kv_heads, kv_heads), 2)
-    parts = [part if packed else guarded(part) for part in parts]
-    return [part.detach().requires_grad_() for part in parts], torch.randn(shape).to(dtype)
+    parts = (fence.around(x) if packed else x).split((heads, kv_heads, kv_heads), 2)
+    parts = [part if packed else fence.around(part) for part in parts]
+    return [part.detach().requires_grad_() for part in parts], fence.around(torch.randn(shape).to(dtype))
 
 
 def run_case(shape, kv_heads, dtype, lens, window, tiles, packed=True):
-    """Errors of output and gradients; those of torch's own in this dtype; whether a second run gives the same bits."""
-    first_key = documents(shape[0], shape[1], lens)
-    inputs, grad = inputs_of(shape, kv_heads, dtype, packed)
+    """Errors of output and gradients, and those of torch's own in this dtype; a second run gives the same bits, nothing
+    is read or written beside any tensor, and every entry of the results is written."""
+    first_key, fence = documents(shape[0], shape[1], lens), Fence()
+    inputs, grad = inputs_of(shape, kv_heads, dtype, packed, fence)
     expected = plain_gradients([x.detach().double().requires_grad_() for x in inputs], first_key, window, grad.double())
     runs = []
-    with mock.patch.object(attention_file, "tiles_of", lambda *_: tiles):
+    visible = Visible(first_key, window)
+    visible.bounds = tuple(fence.around(x) for x in visible.bounds)
+    with mock.patch.object(attention_file, "tiles_of", lambda *_: tiles), fence.around_everything():
         for _ in range(2):
-            for x in inputs:
-                x.grad = None
-            out = attention(*inputs, Visible(first_key, window))
-            out.backward(grad)
-            runs.append([out.detach(), *(x.grad for x in inputs)])
+            out = attention(*inputs, visible)
+            runs.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
     with mock.patch.dict("os.environ", {"KERNELS": "reference"}):
         plain = [x.detach().clone().requires_grad_() for x in inputs]
         out = attention(*plain, Visible(first_key, window))
@@ -129,28 +120,69 @@ def test_extreme_scores(scale):
     assert run_interpreted(run_extreme, scale) < 2e-2  # scores of 2e4 in float32 differ by 2e-3 from their own rounding
 
 
-def run_unseen(_):
-    """NaN in what comes later in the row, in what another document holds, and in a row of another sequence."""
-    first_key = documents(2, 48, [20, 28])
-    [q, k, v], grad = inputs_of((2, 48, 2, 32), 1, F32, True)
-    results = []
-    for poison in (False, True):
-        with torch.no_grad():
-            if poison:
-                k[1], v[1], q[1] = torch.nan, torch.nan, torch.nan
-                k[0, 20:], v[0, 20:] = torch.nan, torch.nan
-                q[0, 20:] = torch.nan
-        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-        with mock.patch.object(attention_file, "tiles_of", lambda *_: three(16, 16)):
-            out = attention(*inputs, Visible(first_key))
-            out[0, :16].backward(grad[0, :16])  # of the blocks that hold nothing but the first document
-        results.append([out.detach()[0, :16], *(x.grad[0, :16] for x in inputs)])
-    return [torch.equal(a, b) for a, b in zip(*results, strict=True)]
+def run_small(inputs, grad, first_key, tiles):
+    """Output and gradients."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    with mock.patch.object(attention_file, "tiles_of", lambda *_: tiles):
+        out = attention(*inputs, Visible(first_key))
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def run_unseen():
+    """NaN in another document and in a row of another sequence: blocks that hold nothing of them do not see it."""
+    first_key = documents(2, 48, [32, 16])
+    inputs, grad = inputs_of((2, 48, 2, 32), 1, F32, True)
+    expected = run_small(inputs, grad, first_key, three(16, 16))
+    with torch.no_grad():
+        for x in (*inputs, grad):
+            x[1], x[0, 32:] = torch.nan, torch.nan
+    found = run_small(inputs, grad, first_key, three(16, 16))
+    return [torch.equal(a[0, :32], b[0, :32]) for a, b in zip(found, expected, strict=True)]
 
 
 def test_what_nobody_sees_does_not_leak():
-    same_out, *_ = run_interpreted(run_unseen, None)
-    assert same_out
+    assert run_interpreted(run_unseen) == [True] * 4
+
+
+def run_permuted(dtype):
+    """Documents of whole blocks of 32 in another order within their row: whether all of them keep all of their bits."""
+    lens, order = [32, 96, 64], [1, 2, 0]
+    [q, k, v], grad = inputs_of((1, 192, 2, 32), 1, dtype, True)
+    starts = [0, 32, 128]
+    moved = torch.cat([torch.arange(starts[i], starts[i] + lens[i]) for i in order])
+    results = run_small((q, k, v), grad, documents(1, 192, lens), three(32, 16))
+    others = run_small(
+        [x[:, moved] for x in (q, k, v)], grad[:, moved], documents(1, 192, [lens[i] for i in order]), three(32, 16)
+    )
+    return all(torch.equal(a[:, moved], b) for a, b in zip(results, others, strict=True))
+
+
+def test_a_document_does_not_depend_on_its_place_among_blocks():
+    assert run_interpreted(run_permuted, F32) and run_interpreted(run_permuted, BF16)
+
+
+def run_differences():
+    """Slopes in a random direction of q, k and v: of autograd, and of differences over three widths."""
+    inputs, grad = inputs_of((1, 37, 2, 32), 1, F32, True)
+    first_key = documents(1, 37, [15, 22])
+    _, *gradients = run_small(inputs, grad, first_key, three(16, 16))
+    rows = []
+    for i, gradient in enumerate(gradients):
+        direction = torch.randn(gradient.shape)
+        values = []
+        for width in (-0.08, -0.04, -0.02, 0.02, 0.04, 0.08):
+            moved = [x.detach() + width * direction if i == j else x.detach() for j, x in enumerate(inputs)]
+            with mock.patch.object(attention_file, "tiles_of", lambda *_: three(16, 16)):
+                values.append((attention(*moved, Visible(first_key)).double() * grad).sum().item())
+        slopes = [(values[5 - j] - values[j]) / (2 * width) for j, width in enumerate((0.08, 0.04, 0.02))]
+        rows.append(((gradient.double() * direction).sum().item(), slopes))
+    return rows
+
+
+def test_gradients_are_the_slopes_of_the_forward():
+    for exact, slopes in run_interpreted(run_differences):
+        errors = [abs(slope - exact) / abs(exact) for slope in slopes]
+        assert errors[2] < 2e-3 and errors[2] < max(errors[0] / 12, 1e-5), (exact, slopes)  # 1/16 but for rounding
 
 
 def run_alone(_):
@@ -172,26 +204,63 @@ def test_a_row_does_not_depend_on_the_batch():
     assert run_interpreted(run_alone, None)
 
 
-def refused(kind):
-    x = torch.zeros(1, 4, 2, 48 if kind == "head dim" else 32)
-    y = x.half() if kind == "types" else x
-    y = y[:, :, :1].expand(1, 4, 3, 32) if kind == "heads" else y
-    try:
-        attention(x, y, y, Visible(torch.zeros(1, 4, dtype=torch.long)))
-    except ValueError as problem:
-        return str(problem)
+def run_twice():
+    x = torch.randn(1, 5, 1, 32, requires_grad=True)
+    out = attention(x, x, x, Visible(torch.zeros(1, 5, dtype=torch.long)))
+    [grad] = torch.autograd.grad(out.sum(), x, create_graph=True)
+    (grad * x).sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("head dim", "kernels of attention take head dims 32, 64, 80, 96, 128, 256, not 48"),
-        ("types", "bfloat16, float16 or float32, not torch.float32, torch.float16"),
-        ("heads", "do not fit"),
-    ],
-)
-def test_what_kernels_do_not_do_is_refused(kind, text):
-    assert text in run_interpreted(refused, kind)
+def test_a_gradient_of_a_gradient_is_refused():
+    """Not silently without the part of it that goes through the kernels."""
+    with pytest.raises(pytest.fail.Exception, match="no second derivative"):
+        run_interpreted(run_twice)
+
+
+def refused(text, q, k=None, first_key=None, window=None):
+    k = q if k is None else k
+    first_key = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device) if first_key is None else first_key
+    with pytest.raises(ValueError, match=text):
+        attention(q, k, k, Visible(first_key, window))
+
+
+def strided(shape, stride):
+    """A view of memory that is not there: nothing may be read."""
+    return torch.empty_strided(shape, stride, device="meta", dtype=BF16)
+
+
+def refuse_by_kernels():
+    refused("head dims 32, 64, 80, 96, 128, 256, not 48", torch.zeros(1, 4, 2, 48))
+    refused(r"row of q spans 2,147,483,648 numbers", strided((1, 16, 2, 32), (0, 1 << 27, 32, 1)))
+    refused(r"row of q spans 4,294,967,296 numbers", strided((1, 1 << 20, 32, 128), (0, 128, 1 << 27, 1)))
+    k = strided((1, 16, 1, 32), (0, 1 << 28, 32, 1))
+    refused(r"row of k spans 4,294,967,296 numbers", strided((1, 16, 2, 32), (0, 64, 32, 1)), k)
+    refused(r"row of the output spans 2,147,483,648", strided((1, 1 << 20, 64, 32), (0, 32, 0, 1)))
+    refused("65,536 rows: attention kernels take 65,535", strided((1 << 16, 1, 1, 32), (32, 32, 32, 1)))
+
+
+def test_what_kernels_do_not_do_is_refused():
+    run_interpreted(refuse_by_kernels)
+
+
+def refuse():
+    x, rows = torch.zeros(2, 4, 2, 32), torch.zeros(2, 4, dtype=torch.long)
+    refused(r"k \[2, 4, 3, 32\].*do not fit", x, x[:, :, :1].expand(2, 4, 3, 32))
+    refused(r"k \[2, 4, 2, 16\].*do not fit", x, x[..., :16])
+    refused(r"k \[2, 4, 0, 32\].*do not fit", x, x[:, :, :0])
+    refused(r"first_key \[1, 4\] do not fit", x, None, rows[:1])
+    refused(r"first_key \[2, 3\] do not fit", x, None, rows[:, :3])
+    refused(r"q \[4, 2, 32\].*do not fit", x[0], None, rows[0])
+    refused("torch.float32, torch.float16.*one of bfloat16", x, x.half())
+    refused("torch.int32.*one of bfloat16", x.int())
+    refused("first_key is torch.float32", x, None, rows.float())
+    refused("cpu, meta, meta and cpu: one device", x, x.to("meta"))
+    refused("a window of 0 keys", x, None, rows, 0)
+
+
+@pytest.mark.parametrize("run", [run_interpreted, lambda fn: fn()], ids=["kernels", "reference"])
+def test_misfits_are_refused(run):
+    run(refuse)
 
 
 def test_every_head_dim_has_tiles():

@@ -16,27 +16,18 @@ from parallel import generation
 from parallel.generation import Sampling, generate, sample_tokens
 from parallel.mesh import init_mesh
 from parallel.model import Decoder, DecoderConfig
-from tests.interpreter import run_interpreted
+from tests.interpreter import Fence, run_interpreted
 
 needs_triton = pytest.mark.skipif(triton is None, reason="needs the package triton")
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # of error / norm
 BLOCK, SPLIT = 64, 256  # of 16 bits and a head dim of 64 or 128
-GUARD = 64  # numbers
 
 
 def error(actual, expected):
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def guarded(x, fill=math.nan):
-    """x, with `fill` around it in memory; and a function that says whether that is still there."""
-    memory = torch.full((x.numel() + 2 * GUARD,), fill, dtype=x.dtype)
-    inside = memory[GUARD:-GUARD].view(x.shape)
-    inside.copy_(x)
-    return inside, lambda: bool(torch.stack((memory[:GUARD], memory[-GUARD:])).isnan().all())
-
-
-def make_cache(lens, num_kv_heads, head_dim, max_len, dtype, layout="slots"):
+def make_cache(lens, num_kv_heads, head_dim, max_len, dtype, layout="slots", fence=None):
     """Random keys and values, NaN beyond each length and in a slot more than there are lengths."""
     shape = (2, len(lens) + 1, num_kv_heads, max_len, head_dim)
     cache = torch.randn(shape).to(dtype)
@@ -47,7 +38,7 @@ def make_cache(lens, num_kv_heads, head_dim, max_len, dtype, layout="slots"):
         strided = wide[..., :head_dim].transpose(2, 3)
         strided.copy_(cache)
         return strided
-    return guarded(cache)[0]
+    return (fence or Fence()).around(cache)
 
 
 def plain_decode(q, cache, lens, window):
@@ -63,14 +54,15 @@ def plain_decode(q, cache, lens, window):
 
 
 def attend(lens, num_heads, num_kv_heads, head_dim, dtype, window=None, max_len=None, layout="slots"):
-    """Errors of the kernels, and of torch's operations on the same numbers; and whether unused slots give 0."""
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    cache = make_cache(lens, num_kv_heads, head_dim, max_len or max(lens), dtype, layout)
+    """Errors of the kernels, in fenced memory, and of torch's operations on the same numbers; unused slots give 0."""
+    fence = Fence()
+    cache = make_cache(lens, num_kv_heads, head_dim, max_len or max(lens), dtype, layout, fence)
     wide = torch.full((len(lens), num_heads + 3, head_dim), math.nan, dtype=dtype)  # as a projection's output lies
     wide[:, :num_heads] = torch.randn(len(lens), num_heads, head_dim)
-    q, step = wide[:, :num_heads], Step(torch.tensor(lens), cache.shape[3])
-    out = decode_attention(q, cache, step, window)
-    again = decode_attention(q, cache, Step(torch.tensor(lens, dtype=torch.int32), cache.shape[3]), window)
+    q, step = fence.around(wide)[:, :num_heads], Step(fence.around(torch.tensor(lens)), cache.shape[3])
+    with fence.around_everything():
+        out = decode_attention(q, cache, step, window)
+        again = decode_attention(q, cache, Step(step.lens.int(), cache.shape[3]), window)
     assert torch.equal(out, again), "two runs differ"
     expected = plain_decode(q, cache, lens, window)
     plain = decode.decode_attention_reference(q, cache.nan_to_num(7.0), step, window)
@@ -161,20 +153,20 @@ def plain_append(qkv, cache, lens, num_heads, tables, interleaved):
 
 def append_some(num_heads, num_kv_heads, head_dim, dtype, rotary_dim, interleaved, layout="slots"):
     """Errors of queries and cache, of the kernel and of torch's operations."""
-    torch.use_deterministic_algorithms(True)
-    lens = [1, 7, 0, 16]
-    cache = make_cache([max(n - 1, 0) for n in lens], num_kv_heads, head_dim, 16, dtype, layout)
-    qkv, is_guarded = guarded(torch.randn(len(lens), (num_heads + 2 * num_kv_heads) * head_dim).to(dtype))
+    lens, fence = [1, 7, 0, 16], Fence()
+    cache = make_cache([max(n - 1, 0) for n in lens], num_kv_heads, head_dim, 16, dtype, layout, fence)
+    qkv = fence.around(torch.randn(len(lens), (num_heads + 2 * num_kv_heads) * head_dim).to(dtype))
     tables = None
     if rotary_dim:
         angles = torch.randn(len(lens), 1, rotary_dim // 2) * 5
-        tables = angles.cos().to(dtype), angles.sin().to(dtype)
+        tables = fence.around(angles.cos().to(dtype)), fence.around(angles.sin().to(dtype))
     expected_q, expected_cache = plain_append(qkv, cache, lens, num_heads, tables, interleaved)
     step = Step(torch.tensor(lens), 16)
     plain_cache = cache.clone().contiguous()
     plain_q = decode.append_reference(qkv.clone(), plain_cache, step, num_heads, tables, interleaved)
-    q = append(qkv, cache, step, num_heads, tables, interleaved)
-    assert is_guarded() and torch.equal(cache.isnan(), expected_cache.isnan()), "stored where it should not be"
+    with fence.around_everything():
+        q = append(qkv, cache, step, num_heads, tables, interleaved)
+    assert torch.equal(cache.isnan(), expected_cache.isnan()), "stored where it should not be"
     used = [n > 0 for n in lens]
     pairs = []
     for stored, queries in ((cache, q), (plain_cache, plain_q)):
@@ -197,7 +189,7 @@ def test_append_matches_float64(head_dim, rotary_dim, interleaved):
 
 
 def refuse(name):
-    """Calls with one thing wrong."""
+    """Calls with one thing wrong. What spans too much, or lies elsewhere, has no memory."""
     lens, max_len, window = torch.tensor([3, 4]), 8, None
     q, cache, qkv, tables = torch.randn(2, 4, 64), torch.randn(2, 2, 2, 8, 64), torch.randn(2, 8 * 64), None
     if name == "head dims 32, 64":
@@ -218,6 +210,16 @@ def refuse(name):
         cache = cache.transpose(3, 4).contiguous().transpose(3, 4)
     elif name == "same memory":
         cache = cache[:, :, :1].expand(2, 2, 2, 8, 64)
+    elif name == "the same memory":  # tokens that begin within the one before
+        cache = cache.as_strided((2, 2, 2, 8, 64), (1024, 512, 256, 32, 1))
+    elif name == "2,147,483,648 numbers":
+        cache = torch.empty_strided((2, 2, 2, 8, 64), (1 << 34, 1 << 33, 1 << 32, 1 << 28, 1), device="meta")
+        q, lens = q.to("meta"), lens.to("meta")
+    elif name == "a query spans 4,294,967,296":
+        q = torch.empty_strided((2, 4, 64), (64, 1 << 30, 1), device="meta")
+        cache, lens = cache.to("meta"), lens.to("meta")
+    elif name == "on meta, not":
+        tables = (torch.ones(2, 1, 16, device="meta"),) * 2
     elif name == "share their memory":
         q = cache.view(-1)[: q.numel()].view(q.shape)
     elif name == "qkv is":
@@ -225,7 +227,7 @@ def refuse(name):
     elif name == "tables are":
         tables = torch.ones(2, 1, 64), torch.ones(2, 1, 64)
     with pytest.raises(ValueError, match=name):
-        if name in ("qkv is", "tables are"):
+        if name in ("qkv is", "tables are", "on meta, not"):
             append(qkv, cache, Step(lens, max_len), 4, tables)
         else:
             decode_attention(q, cache, Step(lens, max_len), window)
@@ -234,8 +236,17 @@ def refuse(name):
 @needs_triton
 def test_decode_rejects_what_kernels_do_not_take():
     wrong = ("head dims 32, 64", "int16", "does not fit", "the cache is", "window of 0", "one dtype", "lengths are")
-    for name in (*wrong, "neighbours", "same memory", "share their memory", "qkv is", "tables are"):
+    wrong += ("neighbours", "2,147,483,648 numbers", "a query spans 4,294,967,296")
+    for name in (*wrong, *WRONG_FOR_BOTH):
         run_interpreted(refuse, name)
+
+
+WRONG_FOR_BOTH = ("same memory", "the same memory", "share their memory", "qkv is", "tables are", "on meta, not")
+
+
+@pytest.mark.parametrize("name", WRONG_FOR_BOTH)
+def test_reference_of_decoding_rejects_what_would_give_wrong_numbers(name):
+    refuse(name)
 
 
 # Many rows to a program: the interpreter takes as long for one number as for thousands.
@@ -244,11 +255,10 @@ WIDE = {"sum": Tiles(4096, 128, 4, 1), "border": Tiles(1024, 1024, 8, 1), "draw"
 
 def draw_by_both(n, sampling, num_ids, vocab, tiles):
     """What kernels and reference draw from the same logits with the same noise, and the exact log-probabilities."""
-    torch.use_deterministic_algorithms(True)
-    logits = torch.randn(n, vocab + 128)[:, :vocab] * 3  # rows further apart than they are long
-    logits[:, vocab - 50 :] = -torch.inf
-    noise = torch.rand(n, dtype=torch.float64)
-    with mock.patch.dict(sampler.TILES, tiles):
+    fence, wide = Fence(), torch.randn(n, vocab + 128) * 3  # rows further apart than they are long
+    wide[:, vocab - 50 : vocab], wide[:, vocab:] = -torch.inf, math.nan
+    logits, noise = fence.around(wide)[:, :vocab], fence.around(torch.rand(n, dtype=torch.float64))
+    with mock.patch.dict(sampler.TILES, tiles), fence.around_everything():
         by_kernels = sample_tokens(logits, noise, sampling, num_ids)
     with mock.patch.dict(os.environ, KERNELS="reference"):
         by_reference = sample_tokens(logits, noise, sampling, num_ids)

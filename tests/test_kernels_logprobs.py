@@ -1,8 +1,5 @@
 """Kernels of kernels/linear_logprobs.py, interpreted, against float64 formulas."""
 
-import ctypes
-import mmap
-from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -10,7 +7,7 @@ import torch
 
 from kernels import linear_logprobs as file
 from kernels.linear_logprobs import KernelLinearLogprobs, LinearLogprobs, linear_logprobs
-from tests.interpreter import run_interpreted
+from tests.interpreter import Fence, run_interpreted
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 GRADIENT_LIMITS = {F32: 2e-6, F16: 1e-3, BF16: 6e-3}  # norm of the error / norm of what is expected
@@ -19,7 +16,7 @@ NAMES = ("logprobs", "entropy", "hidden.grad", "weight.grad", "bias.grad")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Formulas, inputs, and memory that shows what was read or written beside it
+# Formulas and inputs
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -40,36 +37,6 @@ def merged(shards):
     weighted = sum(c * (t + (m - largest) * s) for c, (m, s, _, t) in zip(scales, shards, strict=True))
     target = sum(z for _, _, z, _ in shards)
     return target - largest - sum_exp.log(), sum_exp.log() - weighted / sum_exp
-
-
-class Fence:
-    """Tensors that hold NaNs until they are written, with NaNs before them, and behind them memory that nobody may
-    touch: the process ends there."""
-
-    WIDTH = 1 << 16  # bytes before a tensor
-
-    def __init__(self):
-        self.buffers = []
-
-    def empty(self, *shape, dtype=F32, device=None):
-        shape, page = torch.Size(shape), mmap.PAGESIZE
-        size = -(-(self.WIDTH + shape.numel() * dtype.itemsize) // page) * page
-        memory = mmap.mmap(-1, size + page)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), page, 0) == 0  # PROT_NONE
-        buffer = torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize).fill_(torch.nan)
-        self.buffers.append((buffer, shape.numel()))
-        return buffer[len(buffer) - shape.numel() :].view(shape)
-
-    def around(self, x):
-        return None if x is None else self.empty(*x.shape, dtype=x.dtype).copy_(x)
-
-    @contextmanager
-    def around_everything(self):
-        with mock.patch.object(file.torch, "empty", self.empty):
-            yield
-        for i, (buffer, size) in enumerate(self.buffers):
-            assert buffer[: len(buffer) - size].isnan().all(), f"written before buffer {i} of {size} entries"
 
 
 def draw(num_rows, width, vocab, num_valid, dtype, with_bias):
@@ -324,6 +291,46 @@ def too_large():
 
 def test_kernels_reject_what_int32_does_not_count():
     run_interpreted(too_large)
+
+
+def differences():
+    """Slopes in a random direction of hidden, weight and bias: of autograd, and of differences over three widths."""
+    inputs = draw(6, 12, 70, 61, F32, True)
+    inputs, token_ids, rows = [inputs[0], inputs[1], inputs[3]], inputs[2], []
+    inputs[1:] = [x[:61] for x in inputs[1:]]
+
+    def loss(hidden, weight, bias):
+        logprobs, entropy = merged([linear_logprobs(hidden, weight, token_ids, bias, 0.8)])
+        return (logprobs.double() + 0.5 * entropy.double()).sum()
+
+    leaves = [x.requires_grad_() for x in inputs]
+    for i, gradient in enumerate(torch.autograd.grad(loss(*leaves), leaves)):
+        direction = torch.randn(gradient.shape)
+        values = []
+        for width in (-0.04, -0.02, -0.01, 0.01, 0.02, 0.04):
+            moved = [x.detach() + width * direction if i == j else x.detach() for j, x in enumerate(inputs)]
+            values.append(loss(*moved).item())
+        slopes = [(values[5 - j] - values[j]) / (2 * width) for j, width in enumerate((0.04, 0.02, 0.01))]
+        rows.append(((gradient.double() * direction).sum().item(), slopes))
+    return rows
+
+
+def test_gradients_are_the_slopes_of_the_forward():
+    for exact, slopes in run_interpreted(differences):
+        errors = [abs(slope - exact) / abs(exact) for slope in slopes]
+        assert errors[2] < 2e-3 and errors[2] < max(errors[0] / 12, 1e-5), (exact, slopes)  # 1/16 but for rounding
+
+
+def twice(fn):
+    hidden = torch.randn(5, 4, requires_grad=True)
+    logprobs, _ = merged([fn(hidden, torch.randn(9, 4), torch.arange(5))])
+    with pytest.raises(ValueError, match="no second derivative"):
+        torch.autograd.grad(logprobs.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("run", [run_interpreted, lambda fn, *args: fn(*args)], ids=["kernels", "reference"])
+def test_a_gradient_of_a_gradient_is_refused(run):
+    run(twice, linear_logprobs)
 
 
 HIDDEN, WEIGHT, IDS, BIAS = torch.zeros(4, 6), torch.zeros(9, 6), torch.zeros(4, dtype=torch.long), torch.zeros(9)

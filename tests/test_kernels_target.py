@@ -8,7 +8,7 @@ import torch
 from kernels import target_logits as file
 from kernels.launch import triton
 from kernels.target_logits import target_logits
-from tests.interpreter import run_interpreted
+from tests.interpreter import Fence, run_interpreted
 
 LIMITS = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}  # error / norm
 SHARD = slice(20, 50)  # of a vocabulary of 70
@@ -31,14 +31,17 @@ def compare(num_rows, width, dtype):
     weight[unnamed], bias[unnamed] = math.nan, math.nan
     wide_hidden, wide_weight = (torch.full((len(x), width + 3), math.nan, dtype=dtype) for x in (hidden, weight))
     wide_hidden[:, :width], wide_weight[:, :width] = hidden, weight
-    args = wide_hidden[:, :width], wide_weight[SHARD, :width], token_ids, bias[SHARD], SHARD.start
-    found = target_logits(*args)
+    fence = Fence()
+    wide_hidden, shard, bias = fence.around(wide_hidden), fence.around(wide_weight[SHARD]), fence.around(bias[SHARD])
+    args = wide_hidden[:, :width], shard[:, :width], fence.around(token_ids), bias, SHARD.start
+    with fence.around_everything():
+        found = target_logits(*args)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (found[expected == 0] == 0).all()
     assert (found.double() - expected).norm() <= LIMITS[dtype] * expected.norm().clamp(min=1)
     assert torch.equal(found, target_logits(*args))
     if num_rows > 2:  # a row does not depend on the others, nor an id's type or a layout on anything
-        last = target_logits(hidden[-2:].T.contiguous().T, wide_weight[SHARD, :width], token_ids[-2:].int(), *args[3:])
+        last = target_logits(hidden[-2:].T.contiguous().T, args[1], token_ids[-2:].int(), *args[3:])
         close = {"rtol": 0, "atol": 0} if file.runs_triton(hidden) and dtype != torch.float64 else {}
         torch.testing.assert_close(last, found[-2:], **close)
 
