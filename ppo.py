@@ -291,13 +291,11 @@ def compute_gae(rewards, values, response_mask, gamma, gae_lambda):
     Shapes: rewards, values, response_mask and the result are [batch, seq_len].
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 11-12, with V = 0 after the last response token.
     """
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # [batch]
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * gae_lambda * next_advantage) * response_mask[:, t]
-        next_value = values[:, t] * response_mask[:, t]
-        advantages[:, t] = next_advantage
+    next_values = torch.nn.functional.pad((values * response_mask)[:, 1:], (0, 1))
+    advantages = (rewards + gamma * next_values - values) * response_mask  # delta_t, to which the loop adds the rest
+    decay = gamma * gae_lambda * response_mask.to(rewards.dtype)
+    for t in reversed(range(rewards.shape[1] - 1)):
+        advantages[:, t].add_(decay[:, t] * advantages[:, t + 1])
     return advantages
 
 

@@ -2,6 +2,14 @@
 
 Autograd would record every product of these formulas and write its gradient to memory; by hand a forward and a backward
 read and write their tensors once or twice, which is what they cost where the matrix products are small.
+
+Nothing here has a Triton kernel, nor has PPO's token loss or GAE, until a measurement asks for one. An update of 512
+responses of 565 tokens, 4 epochs of 16 micro-batches, takes about 30 s; at 5 microseconds a launch the loop of GAE is
+6 ms of it (2 launches a position) and the token loss 30 ms (94 a micro-batch, forward and backward): 0.1 %. Turning
+moves 6 numbers for each that it turns, a kernel would move 2; for GPT-NeoX of width 2048 that is 2 ns per token and
+layer beside the 127 ns of its products (4.3 TB/s, 790 TFLOP/s), 1.5 %; new tokens are turned by `decode.append`. A norm
+joined with the sum before it would save reading 2048 numbers, 1 ns. torch.compile joins all but the loop of GAE;
+`tests/bench_kernels.py` times eager and compiled.
 """
 
 import torch

@@ -1,13 +1,14 @@
 """Each Triton kernel on a GPU: milliseconds, the floor, error, memory, and what else that machine offers for the same.
 
-    python -m tests.bench_kernels --budget 540 --out kernels.json
+    python -m tests.bench_kernels --budget 480 --out kernels.json
 
 First the machine's ceilings: a copy of 8 GiB and a bfloat16 product of 8192 x 8192 matrices. A floor is what an
 operation must read and write, or multiply, at those ceilings. Times are medians of `triton.testing.do_bench`, which
 clears the L2 cache; each is taken twice, and the spread is their difference. Errors are norms relative to a float64
-formula on small inputs of the same head dim or width. A baseline that is not there, or fails, is "n/a" with its reason.
-Rows are printed as they come; none begins after the budget (seconds). Without a GPU small shapes run once on the CPU,
-to see that everything runs: no number of that run means anything.
+formula on small inputs of the same head dim or width. What has no kernel (rotary, norm with residual, GAE, PPO's token
+loss) is timed as it runs, beside torch.compile. A baseline that is not there, or fails, is "n/a" with its reason. Rows
+are printed as they come; none begins after the budget (seconds). Without a GPU small shapes run once on the CPU, to see
+that everything runs: no number of that run means anything.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +29,10 @@ from kernels.attention import Visible, attention
 from kernels.decode import Step, decode_attention
 from kernels.launch import triton
 from kernels.linear_logprobs import linear_logprobs
+from kernels.pointwise import rotate_
 from kernels.target_logits import target_logits
 from parallel.generation import Sampling, sample_tokens
+from ppo import compute_gae, ppo_loss
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -304,6 +308,80 @@ def target_cases(shapes):
         yield Case("target logits", shape, ours, exact, num_bytes=num_bytes, baselines={"vocabulary": product})
 
 
+def compiled(fn) -> dict:
+    """torch.compile as the baseline; without a GPU there is none."""
+    return {"torch.compile": torch.compile(fn)} if ON_GPU else {}
+
+
+def turn(x, cos, sin):
+    """The rotary embedding of x [tokens, heads, head_dim], which torch.compile may write where it likes."""
+    a, b = x[..., : 2 * cos.shape[-1]].chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., 2 * cos.shape[-1] :]), -1)
+
+
+def add_norm(x, update, weight, bias):
+    x = x + update
+    return x, F.layer_norm(x, weight.shape, weight, bias)
+
+
+def pointwise_cases(tokens, heads, head_dim):
+    """Of GPT-NeoX, which turns a quarter of each head: what is eager in our layers."""
+    width, half = heads * head_dim, head_dim // 8
+    qkv, angle = draw(tokens, 3 * width), torch.randn(tokens, 1, half, device=DEVICE)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    qk = qkv[:, : 2 * width].view(tokens, 2 * heads, head_dim)
+
+    def exact():
+        found = rotate_(qkv[:9].clone(), cos[:9], sin[:9], 2 * heads, head_dim, False)[:, : 2 * width]
+        return found, turn(*(x[:9].double() for x in (qk, cos, sin))).flatten(1)
+
+    shape = f"{tokens} tokens, {heads} heads of {head_dim}, {2 * half} turned"
+    num_bytes = 2.0 * qk[..., : 2 * half].numel() * qk.itemsize  # read and written
+    others = {name: partial(fn, qk, cos, sin) for name, fn in compiled(turn).items()}
+    ours = partial(rotate_, qkv, cos, sin, 2 * heads, head_dim, False)
+    yield Case("rotary, eager", shape, ours, exact, num_bytes=num_bytes, baselines=others)
+
+    x, update, weight, bias = args = draw(tokens, width), draw(tokens, width), draw(width), draw(width)
+
+    def exact_norm():
+        few = x[:9], update[:9], weight, bias
+        return add_norm(*few)[1], add_norm(*(y.double() for y in few))[1]
+
+    others = {name: partial(fn, *args) for name, fn in compiled(add_norm).items()}
+    shape, num_bytes = f"{tokens} x {width}", 4.0 * x.nbytes  # two read, two written
+    ours = partial(add_norm, *args)
+    yield Case("norm with residual, eager", shape, ours, exact_norm, num_bytes=num_bytes, baselines=others)
+
+
+def ppo_cases(batch, seq_len, tokens):
+    """GAE of a rollout; forward and backward of a micro-batch's token loss."""
+    rewards, values = torch.randn(2, batch, seq_len, device=DEVICE)
+    mask = torch.arange(seq_len, device=DEVICE).expand(batch, -1) >= seq_len // 2
+
+    def exact():
+        wide = rewards.double(), values.double()
+        return compute_gae(rewards, values, mask, 1.0, 0.95), compute_gae(*wide, mask, 1.0, 0.95)
+
+    ours, num_bytes = partial(compute_gae, rewards, values, mask, 1.0, 0.95), 3.0 * rewards.nbytes
+    yield Case("GAE, eager", f"{batch} x {seq_len}", ours, exact, num_bytes=num_bytes)
+
+    inputs = [(0.1 * torch.randn(tokens, device=DEVICE)).requires_grad_() for _ in range(3)]
+    names = ("old_logprobs", "advantages", "values", "returns")
+    old = {name: 0.1 * torch.randn(tokens, device=DEVICE) for name in names}
+    args = SimpleNamespace(clip_range=0.2, value_clip_range=0.2, value_coef=1.0, entropy_coef=0.01)
+
+    def train(loss, inputs=inputs, old=old):
+        return torch.autograd.grad(loss(*inputs, old, args, float(tokens))[0], inputs)[0]
+
+    def exact_loss():
+        wide = [x.detach().double().requires_grad_() for x in inputs]
+        return train(ppo_loss), train(ppo_loss, wide, {name: x.double() for name, x in old.items()})
+
+    others = {name: partial(train, fn) for name, fn in compiled(ppo_loss).items()}
+    ours, num_bytes = partial(train, ppo_loss), 9.0 * old["values"].nbytes  # seven inputs, two gradients
+    yield Case("PPO token loss, eager", f"{tokens} tokens", ours, exact_loss, num_bytes=num_bytes, baselines=others)
+
+
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -365,17 +443,21 @@ def cases(small: bool):
         yield from loss_cases([(16, 32, 1024)])
         yield from sampler_cases([(4, 256)])
         yield from target_cases([(16, 32, 256)])
+        yield from pointwise_cases(16, 2, 64)
+        yield from ppo_cases(4, 12, 16)
         return
     yield from decode_cases([8, 32, 128], [512, 2048, 8192], [(32, 32, 128), (32, 8, 128), (16, 16, 64)])
     yield from attention_cases(1 << 16, [512, 2048, 8192, None], HEAD_SHAPES)
     yield from loss_cases(LOSS_SHAPES)
     yield from sampler_cases([(8, 50432), (128, 50432), (128, 131072)])
     yield from target_cases([(32768, 8192, 50432)])
+    yield from pointwise_cases(32768, 16, 128)
+    yield from ppo_cases(512, 565, 32 * 53)
 
 
 def main(args: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=540, help="seconds, after which no row begins")
+    parser.add_argument("--budget", type=float, default=480, help="seconds, after which no row begins")
     parser.add_argument("--out", type=Path, help="a JSON file for all rows")
     options = parser.parse_args(args)
     start, rows = time.monotonic(), []

@@ -14,7 +14,8 @@ def test_bench_of_kernels_runs_every_case(tmp_path, capsys):
     rows = bench_kernels.main(["--out", str(tmp_path / "rows.json")])
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     kernels = ("decode attention", "attention forward", "attention backward", "log-probabilities forward")
-    assert {row["kernel"] for row in rows} == {*kernels, "log-probabilities train", "sampler", "target logits"}
+    kernels += ("log-probabilities train", "sampler", "target logits", "rotary, eager", "norm with residual, eager")
+    assert {row["kernel"] for row in rows} == {*kernels, "GAE, eager", "PPO token loss, eager"}
     for row in rows:
         assert row["error"] < 0.02, row  # bfloat16
         assert row["ms"] > 0 and row["floor_ms"] > 0, row

@@ -1,6 +1,8 @@
 """Generation: noise, the sampler, the cache, refilled slots, ends of responses."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -196,6 +198,32 @@ def test_a_step_ahead_leaves_the_host_out(decoder, monkeypatch, sampling, option
     with Recorder() as recorder:
         torch.zeros(2).nonzero(), torch.zeros(()).item(), torch.tensor(3)
     assert {"aten::nonzero", "aten::_local_scalar_dense", "aten::lift_fresh"} <= set(recorder.names), "would be seen"
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_cache_and_graph_are_gone_when_generation_returns(decoder, monkeypatch, ahead):
+    """At once, not when Python next collects cycles: the update needs their memory."""
+    born = []
+
+    def watched(cls):
+        class Watched(cls):
+            def __init__(self, *args):
+                super().__init__(*args)
+                born.append(weakref.ref(self))
+
+        return Watched
+
+    monkeypatch.setattr(generation, "runs_ahead", lambda decoder: ahead)
+    monkeypatch.setattr(generation, "KVCache", watched(generation.KVCache))
+    monkeypatch.setattr(generation, "Replay", watched(generation.Replay))
+    gc.collect()
+    gc.disable()
+    try:
+        out = run(decoder, make_prompts(10), num_slots=4)
+        assert len(born) == 1 + ahead and not any(ref() for ref in born)
+    finally:
+        gc.enable()
+    assert out.finished.any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

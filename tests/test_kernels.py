@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import ppo
 from kernels import launch
 from kernels import linear_logprobs as linear_logprobs_file
 from kernels.attention import EXPLICIT_MAX_LEN, Visible, attention
@@ -248,3 +250,33 @@ def test_rotate_rejects_misfits(changed, text):
     rotate_misfit()
     with pytest.raises(ValueError, match=text):
         rotate_misfit(**changed)
+
+
+class Launches(TorchDispatchMode):
+    """How many operations that a GPU would launch a kernel for."""
+
+    NONE = {"view", "slice", "select", "expand", "detach", "alias", "unsqueeze", "empty", "split", "scalar_tensor"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in self.NONE
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_has_no_kernel_launches_as_few_as_the_decision_says():
+    """The counts in kernels/pointwise.py, by which rotary, GAE and PPO's token loss are left to PyTorch."""
+    rewards, values = torch.randn(2, 4, 100)
+    with Launches() as launches:
+        ppo.compute_gae(rewards, values, torch.ones(4, 100, dtype=torch.bool), 1.0, 0.95)
+    assert launches.count <= 2 * 99 + 10
+    inputs = [torch.randn(9, requires_grad=True) for _ in range(3)]
+    old = {name: torch.randn(9) for name in ("old_logprobs", "advantages", "values", "returns")}
+    with Launches() as launches:
+        torch.autograd.grad(ppo.ppo_loss(*inputs, old, ppo.Args(), torch.tensor(9))[0], inputs)
+    assert launches.count <= 94
+    with Launches() as launches:
+        rotate_misfit()
+    assert launches.count - 2 <= 5  # but for its two inputs

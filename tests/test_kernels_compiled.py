@@ -1,15 +1,21 @@
 """All kernels compiled ahead of time for sm_80 and sm_90, with the tiles that they run with there.
 
 What comes out is compared with tests/results/compiled.json, by Triton's version: registers, stack (spilled registers),
-shared memory and tensor-core instructions. `python -m tests.test_kernels_compiled [FOLDER]` writes that file anew, with
-the Triton of FOLDER, too. By default a part is compiled, with ALL_KERNELS=1 everything; with TRITON_36, a folder that
+shared memory and tensor-core instructions. That file holds everything, and hashes of the sources that it was compiled
+from, without which a test fails: `python -m tests.test_kernels_compiled [FOLDER]` compiles what has changed, with the
+Triton of FOLDER, too. By default a part is compiled again, with ALL_KERNELS=1 everything; with TRITON_36, a folder that
 holds Triton 3.6, with that, too.
 """
 
+import ast
+import hashlib
+import io
 import json
 import os
 import sys
+import tokenize
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 
@@ -49,6 +55,9 @@ def attention_specimens(arch):
             constants = {"GROUP": 4, "D0": d0, "D1": d1, "BM": tiles.rows, "BN": tiles.columns}
             shape = arch, tiles.num_warps, tiles.num_stages, (*strides,)
             yield f"{kernel} {head_dim} {name}", Specimen("kernels.attention", kernel, types, constants, *shape)
+        constants = {"D0": d0, "D1": d1, "BM": attention.DELTA_ROWS}
+        shape = arch, 4, 3, (*strides,)
+        yield f"flash_delta {head_dim} {name}", Specimen("kernels.attention", "flash_delta", types, constants, *shape)
 
 
 def decode_specimens(arch):
@@ -135,6 +144,26 @@ SPECIMENS = {
 }
 
 
+MODULES = sorted({specimen.module for specimen in SPECIMENS.values()})
+
+
+def jitted(module):
+    """Functions of a file that Triton compiles, as parsed, and the file's text."""
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    functions = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef))
+    return [node for node in functions if any(ast.unparse(x) == "jit" for x in node.decorator_list)], text
+
+
+def fingerprint(module):
+    """Of what the compilation of a file's kernels depends on, but for Triton: code without comments, and specimens."""
+    functions, text = jitted(module)
+    code = "\n".join(ast.get_source_segment(text, node) for node in functions) + "\n"
+    words = (x.string for x in tokenize.generate_tokens(io.StringIO(code).readline) if x.type != tokenize.COMMENT)
+    specimens = {name: asdict(x) for name, x in SPECIMENS.items() if x.module == module}
+    given = json.dumps([[word for word in words if word.strip()], specimens], sort_keys=True)
+    return hashlib.sha256(given.encode()).hexdigest()[:16]
+
+
 def chosen(folder):
     """Names of what a test compiles: all with ALL_KERNELS=1, else of each Triton a part."""
     if os.environ.get("ALL_KERNELS"):
@@ -162,28 +191,58 @@ def test_kernels_compile(folder):
     if folder == "?":
         pytest.skip("needs Triton 3.6 in the folder that TRITON_36 names")
     version, found = compile_named(chosen(folder), folder or None)
-    expected = json.loads(TABLE.read_text()).get(version)  # of another patch release there is none
+    expected = json.loads(TABLE.read_text()).get(version, {}).get("kernels")  # of another patch release there is none
     for name, row in found.items():
-        specimen = SPECIMENS[name]
-        assert row["stack"] <= STACK, (name, row)
-        assert row["shared"] <= SHARED[specimen.capability], (name, row)
-        if specimen.kernel in TENSOR_CORES and " fp32 " not in name:
-            assert row[TENSOR_CORES[specimen.kernel][specimen.capability == 90]] > 0, (name, row)
+        check(name, row)
         assert expected is None or row == expected[name], name
 
 
-def test_table_has_every_kernel():
+def check(name, row):
+    specimen = SPECIMENS[name]
+    assert row["stack"] <= STACK, (name, row)
+    assert row["shared"] <= SHARED[specimen.capability], (name, row)
+    if specimen.kernel in TENSOR_CORES and " fp32 " not in name:
+        assert row[TENSOR_CORES[specimen.kernel][specimen.capability == 90]] > 0, (name, row)
+
+
+def test_table_is_of_every_kernel_as_it_is_now():
     table = json.loads(TABLE.read_text())
-    assert table
-    for version, rows in table.items():
-        assert set(rows) == set(SPECIMENS), version
+    assert {version.rpartition(".")[0] for version in table} >= {"3.6", "3.9"}
+    for version, found in table.items():
+        assert set(found["kernels"]) == set(SPECIMENS), version
+        for name, row in found["kernels"].items():
+            check(name, row)
+        for module in MODULES:
+            assert found["sources"][module] == fingerprint(module), (
+                f"{module} has changed since tests/results/compiled.json was written with Triton {version}: "
+                "python -m tests.test_kernels_compiled"
+            )
+
+
+def test_every_kernel_that_is_launched_is_compiled():
+    for module in MODULES:
+        launched = {node.name for node in jitted(module)[0] if "program_id" in ast.unparse(node)}
+        assert launched == {x.kernel for x in SPECIMENS.values() if x.module == module}, module
+    files = [f"kernels.{file.stem}" for file in sorted((ROOT / "kernels").glob("*.py"))]
+    assert [name for name in files if jitted(name)[0]] == MODULES
+
+
+def version_of(folder):
+    return compile_all([], folder)[0]
 
 
 if __name__ == "__main__":
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    for folder in ("", *sys.argv[1:]):
-        version, table_of_version = compile_named(list(SPECIMENS), folder or None)
-        table[version] = table_of_version
-    lines = [f' "{version}": {{\n' + ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in rows.items()) + "\n }"
-             for version, rows in sorted(table.items())]  # fmt: skip
+    table, sources = json.loads(TABLE.read_text()), {module: fingerprint(module) for module in MODULES}
+    for folder in (None, *sys.argv[1:]):
+        version = version_of(folder)
+        old = table.get(version, {"sources": {}, "kernels": {}})
+        kept = [module for module in MODULES if old["sources"].get(module) == sources[module]]
+        names = [name for name, x in SPECIMENS.items() if x.module not in kept or name not in old["kernels"]]
+        rows = {name: row for name, row in old["kernels"].items() if name in SPECIMENS}
+        rows |= compile_named(names, folder)[1]
+        table[version] = {"sources": sources, "kernels": {name: rows[name] for name in SPECIMENS}}
+    lines = []
+    for version, found in sorted(table.items()):
+        rows = ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in found["kernels"].items())
+        lines.append(f' "{version}": {{"sources": {json.dumps(found["sources"])}, "kernels": {{\n{rows}\n }}}}')
     TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -15,6 +15,7 @@ from parallel.mesh import Layout, init_mesh
 from parallel.model import Decoder
 from parallel.pipeline import forward_backward
 from parallel.tensor import hidden_before, vocab_parallel_logprobs
+from ppo import MAX_MISMATCH
 from tests.interpreter import run_interpreted
 from tests.test_layouts import CASES
 
@@ -79,16 +80,21 @@ def samples(case, implementation):
     ):
         prompts = [[3, 4, 5], [7], list(range(20, 30))]
         given = dict(eos_ids=[5], sample_ids=[0, 1, 2], seed=3, num_ids=131)
-        generation = generate(make_policy(case), prompts, Sampling(max_new_tokens=6), **given)
-        return generation.response_ids(), generation.logprobs
+        policy = make_policy(case)
+        out = generate(policy, prompts, Sampling(0.8, max_new_tokens=6), **given)
+        positions, mask = torch.arange(out.input_ids.shape[1]).expand_as(out.input_ids), out.response_mask
+        states = hidden_before(policy(out.input_ids, positions, torch.zeros_like(positions)), mask)
+        trained, _ = vocab_parallel_logprobs(states, policy, out.input_ids[mask], 0.8)
+        return out.response_ids(), out.logprobs, (out.logprobs[mask] - trained).abs().max().item()
 
 
 def compare_samples(case):
-    (ids, logprobs), (expected_ids, expected) = samples(case, "triton"), samples(case, "reference")
-    return ids, expected_ids, (logprobs - expected).abs().max().item()
+    (ids, logprobs, mismatch), (expected_ids, expected, _) = samples(case, "triton"), samples(case, "reference")
+    return ids, expected_ids, (logprobs - expected).abs().max().item(), mismatch
 
 
 @pytest.mark.parametrize("case", SMALL)
 def test_samples_with_kernels_are_those_with_references(case):
-    ids, expected_ids, difference = run_interpreted(compare_samples, case)
+    ids, expected_ids, difference, mismatch = run_interpreted(compare_samples, case)
     assert ids == expected_ids and difference <= 1e-5
+    assert mismatch <= MAX_MISMATCH / 10  # between the kernels of generation and those of training
