@@ -33,6 +33,8 @@ TENSOR_CORES = {  # kernels whose 16-bit products must run there -> instruction 
     "flash_backward_q": ("hmma", "hgmma"),
     "fused_statistics_kernel": ("hmma", "hgmma"),
     "split_kernel": ("hmma", "hmma"),  # 16 rows of queries: fewer than wgmma takes
+    # dk and dv of the 64 keys that wgmma takes fill all registers: 184 to 832 bytes of them would spill
+    "flash_backward_kv 256": ("hmma", "hmma"),
 }
 
 
@@ -201,8 +203,9 @@ def check(name, row):
     specimen = SPECIMENS[name]
     assert row["stack"] <= STACK, (name, row)
     assert row["shared"] <= SHARED[specimen.capability], (name, row)
-    if specimen.kernel in TENSOR_CORES and " fp32 " not in name:
-        assert row[TENSOR_CORES[specimen.kernel][specimen.capability == 90]] > 0, (name, row)
+    instructions = TENSOR_CORES.get(" ".join(name.split()[:2]), TENSOR_CORES.get(specimen.kernel))
+    if instructions and " fp32 " not in name:
+        assert row[instructions[specimen.capability == 90]] > 0, (name, row)
 
 
 def test_table_is_of_every_kernel_as_it_is_now():
