@@ -172,7 +172,8 @@ def chosen(folder):
         return list(SPECIMENS)
     parts = ["96 bf16 sm_90", "draw_kernel", "fused_statistics_kernel bf16"]
     if not folder:
-        parts += ["128 bf16 sm_80", "split_kernel 128", "border_kernel", "row_", "merge_slices_kernel", "target_"]
+        parts += ["128 bf16 sm_80", "split_kernel 128 fp32 sm_90", "border_kernel", "row_gradient_kernel bf16"]
+        parts += ["row_statistics_kernel", "merge_slices_kernel", "target_logits_kernel bf16"]
     return [name for name in SPECIMENS if any(part in name for part in parts)]
 
 
