@@ -17,6 +17,7 @@ import pytest
 import torch
 import tyro
 
+import ppo
 from kernels.attention import Visible
 from parallel.adapters import Lora, Tuning, make_reference, set_trained, shares_weights
 from parallel.checkpoint import read_config
@@ -473,6 +474,24 @@ def plan_of(script, *flags):
     """Calls a script's main as the command line does."""
     module = importlib.import_module(script)
     module.main(tyro.cli(module.Args, args=[str(flag) for flag in flags]))
+
+
+def test_the_readme_shows_what_is_saved():
+    """Its table of savers, row by row."""
+    sizes = "--dtype bfloat16 --batch-size 512 --minibatch-size 512 --microbatch-size 4 --prompt-tokens 512"
+    sizes += f" --sampling.max-new-tokens 53 --model {ROOT}/tests/configs/pythia-6.9b"
+    text = (ROOT / "README.md").read_text().partition("## Less memory")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (everything trains|`(--[^`]+)`.*?) \| ([\d.| ]+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 6
+    for name, flags, numbers in rows:
+        args = tyro.cli(ppo.Args, args=[*sizes.split(), *flags.split()])
+        found = memory(args.job(), args.layout, 8)
+        held = [found.held.get(x, 0) for x in ("weights", "gradients", "optimizer", "ref policy")]
+        held.append(found.phases["update"]["activations"])
+        for shown, nbytes in zip(numbers.split(" | "), held, strict=True):
+            assert abs(float(shown) - nbytes / GIB) <= (0.051 if float(shown) >= 0.1 else 0.006), (name, shown)
+        if "host" in name:
+            assert float(re.search(r"\(([\d.]+) in", name)[1]) == pytest.approx(found.host / GIB, abs=0.06)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
