@@ -49,7 +49,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, head_dim: int, 
 
     The pairs are features (2i, 2i + 1) if interleaved, else (i, i + rotary_dim / 2).
 
-    Shapes: x [tokens, heads * head_dim]; cos, sin [tokens, 1, rotary_dim / 2] in x's dtype
+    Shapes: x [tokens, heads * head_dim]; cos, sin [tokens, 1, rotary_dim / 2], or [1, 1, ...] for all
     Raises: ValueError if they do not fit, or two features of x share their memory.
     Source: Su et al. 2021 (arXiv 2104.09864), eq. 34.
     """
@@ -57,9 +57,8 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, num_heads: int, head_dim: int, 
     if not fits or x.shape[1] % head_dim or x.shape[1] < num_heads * head_dim or not 2 * cos.shape[2] <= head_dim:
         given = f"x {list(x.shape)} of {num_heads} heads of {head_dim}, cos {list(cos.shape)}, sin {list(sin.shape)}"
         raise ValueError(f"{given} do not fit: should be x [tokens, heads * head_dim], cos, sin [tokens, 1, pairs]")
-    if not x.dtype == cos.dtype == sin.dtype or not x.device == cos.device == sin.device:
-        given = ", ".join(f"{y.dtype} on {y.device}" for y in (x, cos, sin))
-        raise ValueError(f"x, cos and sin are {given}: one dtype and device, please")
+    if not x.device == cos.device == sin.device:
+        raise ValueError(f"x, cos and sin lie on {x.device}, {cos.device} and {sin.device}: one device, please")
     if overlaps_itself(x):
         raise ValueError(f"x has the strides {x.stride()}: features that share memory cannot be turned in place")
     return Rotate.apply(x, cos, sin, num_heads, head_dim, interleaved)

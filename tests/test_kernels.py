@@ -242,7 +242,7 @@ def rotate_misfit(**changed):
         ({"sin": torch.ones(4, 1, 8)}, r"sin \[4, 1, 8\] do not fit"),
         ({"cos": torch.ones(4, 1, 17), "sin": torch.ones(4, 1, 17)}, r"cos \[4, 1, 17\]"),
         ({"cos": torch.ones(3, 1, 16), "sin": torch.ones(3, 1, 16)}, r"cos \[3, 1, 16\]"),
-        ({"cos": torch.ones(4, 1, 16).half()}, "torch.float32 on cpu, torch.float16 on cpu"),
+        ({"cos": torch.ones(4, 1, 16, device="meta")}, "cpu, meta and cpu: one device"),
         ({"x": torch.zeros(1, 96).expand(4, 96)}, r"strides \(0, 1\)"),
     ],
 )
