@@ -33,14 +33,14 @@ def rated(file="train.jsonl.gz"):
     return rows
 
 
-def demonstrations():
+def demonstrations(file="train.jsonl.gz"):
     """The same for sft.py."""
-    return [{"prompt": row["prompt"], "completion": row["response"]} for row in rated()]
+    return [{"prompt": row["prompt"], "completion": row["response"]} for row in rated(file)]
 
 
 def prompts():
-    """First sentences of stories that are not trained on."""
-    return [{"prompt": row["prompt"]} for row in rated("valid.jsonl.gz")]
+    """First sentences of stories that are not trained on, and how they go on."""
+    return demonstrations("valid.jsonl.gz")
 
 
 def training_prompts():

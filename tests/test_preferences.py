@@ -587,6 +587,8 @@ def test_laptop_chain(heading, tmp_path, monkeypatch, capsys):
     for judge in ("reward", "judge"):
         assert read_rows(runs / judge, "eval")[-1]["eval_accuracy"] > 0.9
     assert read_rows(runs / "ppo")[-1]["kl"] is not None
+    sampled = read(runs / "ilql-answers/samples.jsonl")
+    assert len(sampled) == 8 and all(x["scale"] == 4 and isinstance(x["finished"], bool) for x in sampled)
     for name in ("ppo", "ilql"):
         results = json.loads((runs / f"evaluate-{name}/results.json").read_text())
         [setting] = results["settings"]
