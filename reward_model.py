@@ -211,11 +211,13 @@ def answer_row(row: Row, name: str) -> Row:
     """A pair's prompt with one of its answers: a row of `prompt` + `completion`, or of `messages`."""
     both_given = "chosen" in row and "rejected" in row
     if not both_given or isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
-        raise row.misfit("`chosen` and `rejected`, both as strings or both as messages")
+        needed = "`chosen` and `rejected`, both as strings or both as messages"
+        raise row.misfit(f"{needed} (python -m tasks.preferences pairs makes them of other columns)")
     if isinstance(row[name], list):
         return Row({"messages": shared_opening(row) + row[name][-1:]}, row.where)
     if row.get("prompt") is None:
-        raise row.misfit("`prompt` before answers that are strings (it may be empty)")
+        hint = "python -m tasks.preferences hh splits whole dialogues"
+        raise row.misfit(f"`prompt` before answers that are strings (it may be empty; {hint})")
     return Row({"prompt": row["prompt"], "completion": row[name]}, row.where)
 
 

@@ -319,8 +319,8 @@ def test_whole_prompts_are_held_out():
 BAD_PAIRS = {  # case -> (second row, what the message must name beside its line)
     "equal": ({"prompt": "b", "chosen": "da", "rejected": "da"}, ["same tokens"]),
     "empty": ({"prompt": "b", "chosen": "da", "rejected": " "}, ["empty"]),
-    "no rejected": ({"prompt": "b", "chosen": "da"}, ["`rejected`", "it has prompt, chosen"]),
-    "no prompt": ({"chosen": "da", "rejected": "c"}, ["`prompt`"]),
+    "no rejected": ({"prompt": "b", "chosen": "da"}, ["`rejected`", "it has prompt, chosen", "preferences pairs"]),
+    "no prompt": ({"chosen": "da", "rejected": "c"}, ["`prompt`", "tasks.preferences hh"]),
     "null": ({"prompt": "b", "chosen": "da", "rejected": None}, ["None", "not a string"]),
     "mixed": ({"prompt": "b", "chosen": "da", "rejected": [{"role": "assistant", "content": "c"}]}, ["both"]),
     "margin nan": ({"prompt": "b", "chosen": "da", "rejected": "c", "margin": math.nan}, ["margin", "nan"]),
