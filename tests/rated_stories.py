@@ -78,5 +78,6 @@ def prefer(samples):
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
     pairs = prefer([json.loads(line) for line in source.read_text().splitlines()])
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     print(f"{target}  {len(pairs):,} pairs")
