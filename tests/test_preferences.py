@@ -497,6 +497,11 @@ def test_chains_parse_and_read_what_they_have_made(headings):
     assert set(scripts) == {"tasks.preferences", *(path.name for path in ROOT.glob("*.py"))}
 
 
+def test_own_columns_are_shown():
+    [line] = read_commands(CHAINS, "Sets of your own")
+    assert isinstance(parse(*split_command(line)), Pairs)
+
+
 def print_plan(task, size, name, flags, folder):
     """What --plan prints of a documented command; the models of earlier ones are configs of the same size."""
     config = ROOT / f"tests/configs/pythia-{size.lower()}/config.json"
