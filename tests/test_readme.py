@@ -79,6 +79,6 @@ def test_files_and_flags_exist():
         flags |= {f"--{flag.replace('_', '-')}" for flag in flat_flags(importlib.import_module(name).Args())}
     flags |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-backend", "--rdzv-endpoint"}  # torchrun's
     flags |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--layout.no-sequence-parallel"}
-    flags |= {"--peer", "--threads", "--steps", "--out", "--help", "--no-bos", "--seed"}
+    flags |= {"--peer", "--threads", "--steps", "--out", "--flags", "--help", "--no-bos", "--seed"}
     for flag in re.findall(r"`?(--[a-z][\w.-]+)", README):
         assert flag in flags, flag
