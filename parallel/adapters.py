@@ -2,7 +2,7 @@
 
     --freeze                parts keep their weights
     --unfrozen-layers N     only the N upper layers train, and what lies above them (trlX's "hydra")
-    --lora.rank N           only low-rank updates of the layers' matrices train (Hu et al. 2021, arXiv 2106.09685)
+    --lora.rank N           only low-rank updates of matrices train (Hu et al. 2021, arXiv 2106.09685)
 
 Together: adapters go where weights are not frozen. A reference for the KL penalty needs no second copy of what does not
 train: `make_reference` shares that, and what lies below the first layer that trains is computed once for both.
@@ -26,6 +26,7 @@ from parallel.model import Decoder
 from parallel.tensor import Adapter, fill_local, placements
 
 INPUTS = ("embedding", "position_embedding")
+OF_LAYERS = ("qkv", "attn_out", "ffn_in", "ffn_out")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Lora:
     """train low-rank updates of this rank instead of the weights (Hu et al. 2021: 4 to 64); 0 = off"""
     alpha: float = 16.0
     """an update is alpha / rank x B A"""
-    targets: tuple[Literal["qkv", "attn_out", "ffn_in", "ffn_out"], ...] = ("qkv", "attn_out", "ffn_in", "ffn_out")
-    """the matrices of every layer that have one; queries, keys and values share their A"""
+    targets: tuple[Literal["qkv", "attn_out", "ffn_in", "ffn_out", "lm_head"], ...] = OF_LAYERS
+    """the matrices of every layer that have one, and whether the LM head has; queries, keys and values share their A"""
     adapters: str = ""
     """begin with the adapters of this folder (a model/ that was trained with them) on --model, their base"""
 
@@ -78,7 +79,7 @@ class Tuning:
         lora = replace(self.lora, rank=stored["rank"], alpha=float(stored["alpha"]), targets=tuple(stored["targets"]))
         return replace(self, lora=lora)
 
-    def check(self, names: Iterable[str], num_layers: int, hidden_size: int) -> None:
+    def check(self, names: Iterable[str], num_layers: int, hidden_size: int, is_tied: bool) -> None:
         """Returns if the flags fit a decoder with these parameters. Raises: ValueError naming the flag."""
         names = list(names)
         if not 0 <= self.unfrozen_layers < num_layers:
@@ -96,6 +97,10 @@ class Tuning:
                 )
         if self.lora.rank > hidden_size:
             raise ValueError(f"--lora.rank {self.lora.rank} is more than the model's width {hidden_size}")
+        if self.lora.rank and "lm_head" in self.lora.targets and is_tied:
+            raise ValueError(
+                "--lora.targets lm_head: the LM head of this model is its embedding, which has no adapter: leave it out"
+            )
         trained = [name for name in names if self.trains(name, num_layers) or self.adapts(name, num_layers)]
         if not trained:
             raise ValueError("--freeze, --unfrozen-layers and --lora.targets leave nothing to train")
@@ -114,7 +119,7 @@ class Tuning:
 
     def adapts(self, name: str, num_layers: int) -> bool:
         """Whether a weight has an adapter beside it."""
-        target = re.fullmatch(r"layers\.\d+\.(\w+)\.weight", name)
+        target = re.fullmatch(r"(?:layers\.\d+\.)?(\w+)\.weight", name)
         is_target = target is not None and target[1] in self.lora.targets
         return bool(self.lora.rank and is_target and not self.is_frozen(name, num_layers))
 
@@ -148,7 +153,7 @@ def set_trained(decoder: Decoder, tuning: Tuning, seed: int = 0) -> Decoder:
     """
     tuning = tuning.resolved()
     num_layers = decoder.config.num_layers
-    tuning.check(all_names(decoder), num_layers, decoder.config.hidden_size)
+    tuning.check(all_names(decoder), num_layers, decoder.config.hidden_size, decoder.ties_lm_head)
     decoder.tuning = tuning
     if tuning.lora.rank:
         decoder.base = fingerprint(decoder.source) if decoder.source else ""

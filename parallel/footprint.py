@@ -58,6 +58,14 @@ class Role:
     tuning: Tuning = Tuning()  # of a decoder that trains, or of the policy whose weights a reference shares
     shared: bool = False  # a reference that shares what of the policy does not train
 
+    def __post_init__(self):
+        if self.config and self.is_tuned:
+            kinds, num_layers = sections(self.config, 1, False, self.lm_head), self.config.num_layers
+            names = [name for kind in ("input", "output") for name, _ in kinds[kind]]
+            names += [f"layers.{i}.{name}" for i in range(num_layers) for name, _ in kinds["layer"]]
+            is_tied = self.lm_head and self.config.tied_embeddings
+            self.tuning.check(names, num_layers, self.config.hidden_size, is_tied)
+
     @property
     def start(self) -> int:
         """The first layer that anything trains in, or below in the embeddings; a shared reference begins there."""
@@ -375,6 +383,11 @@ class Stage:
     def trains(self, role: Role, name: str) -> bool:
         return role.trainable and (not role.is_tuned or role.tuning.trains(name, role.config.num_layers))
 
+    def adapts_head(self, role: Role) -> bool:
+        """Whether the LM head has an adapter, merged into a weight of its own for a pass."""
+        has_head = role.config and role.lm_head and not role.config.tied_embeddings
+        return bool(has_head and role.trainable and role.tuning.adapts("lm_head.weight", role.config.num_layers))
+
     # --- memory ---
 
     def held(self) -> tuple[dict[str, int], int]:
@@ -410,34 +423,57 @@ class Stage:
         config, e, tokens = role.config, role.itemsize, self.tokens
         local, state = shard(config, self.tp), e * self.tokens_local * config.hidden_size
         trained, adapted = layer_tuning(config, role.tuning if i is not None else Tuning(), i or 0)
-        is_lowest = i is not None and role.is_tuned and self.reads_constants(role, i)
-        if is_lowest and not trained and not adapted:
+        has_backward = {*COLUMNS, *ROWS} if i is None else self.products_with_backward(role, i)
+        if not has_backward:
             return 0
         if recompute == "full":
             return state
         reads = {name: f"{name}.weight" in trained or name in adapted for name in (*COLUMNS, *ROWS)}
+        is_lowest = i is not None and role.is_tuned and self.reads_constants(role, i)
+        after_attention = "attn_out" in has_backward and not config.parallel_residual
+        through = [not is_lowest or "attn_norm.weight" in trained]  # whether a gradient goes through the norms
+        if not config.shared_norm:
+            through.append(not is_lowest or after_attention or "ffn_norm.weight" in trained)
+        saved = state * (any(through) if config.parallel_residual else sum(through))
         num_normed = local.num_heads + local.num_kv_heads
         heads = e * tokens * (num_normed + local.num_kv_heads) * config.head_dim
         attended = e * self.places * local.num_heads * config.head_dim
-        inputs = 1 if config.parallel_residual else 2  # of norms
-        saved = state * inputs + heads + attended
-        saved += 4 * self.places * local.num_heads + e * self.places * self.job.seq_len  # logarithms of sums; mask
+        has_attention = "qkv" in has_backward or "q_norm.weight" in trained or "k_norm.weight" in trained
+        if has_attention:
+            saved += heads
+            saved += 4 * self.places * local.num_heads + e * self.places * self.job.seq_len  # logarithms of sums; mask
+            if config.qk_norm:
+                saved += heads + max(e, 4) * tokens * num_normed
+        if has_attention or reads["attn_out"]:
+            saved += attended
         if tokens > self.places and reads["attn_out"]:  # attention's result once more, padded
             saved += e * tokens * local.num_heads * config.head_dim
-        if config.qk_norm:
-            saved += heads + max(e, 4) * tokens * num_normed
-        expanded = e * tokens * local.ffn_size * (1 + config.gated)
+        expanded = e * tokens * local.ffn_size * (1 + config.gated) * ("ffn_in" in has_backward)
         if recompute == "selective":
             return saved + expanded
         if config.activation == "relu" and not config.gated:
             expanded = 0  # its backward reads the output
         saved += expanded + e * tokens * local.ffn_size * reads["ffn_out"]
-        normed = [reads[name] or self.tp > 1 for name in COLUMNS]  # columns in parts keep what they read either way
-        saved += state * sum(normed) + 2 * self.statistics(role)
-        if is_lowest and not any(name.startswith("attn_norm") for name in trained):  # reads what needs no gradient
-            norms = 2 if config.parallel_residual else 1
-            saved -= norms * self.statistics(role) + state
-        return saved
+        normed = [name in has_backward and (reads[name] or self.tp > 1) for name in COLUMNS]  # tp keeps it either way
+        saved += state * (any(normed) if config.shared_norm else sum(normed))
+        return saved + sum(through) * self.statistics(role)
+
+    def products_with_backward(self, role: Role, i: int) -> set[str]:
+        """Those of a layer's matrices whose products a gradient comes back to."""
+        config, constant = role.config, role.is_tuned and self.reads_constants(role, i)
+        trained, adapted = layer_tuning(config, role.tuning, i)
+        learning = {name.rpartition(".")[0] for name in trained} | adapted
+        norm, found = "attn_norm" if config.shared_norm else "ffn_norm", set()
+
+        def add(name: str, reads_gradient: bool, *others: str) -> None:
+            if reads_gradient or learning & {name, *others}:
+                found.add(name)
+
+        add("qkv", not constant, "attn_norm")
+        add("attn_out", "qkv" in found, "q_norm", "k_norm")
+        add("ffn_in", not constant or ("attn_out" in found and not config.parallel_residual), norm)
+        add("ffn_out", "ffn_in" in found)
+        return found
 
     def reads_constants(self, role: Role, i: int) -> bool:
         """Whether layer i reads what needs no gradient: nothing below it trains, on this stage or another."""
@@ -484,6 +520,9 @@ class Stage:
                 saved += self.wider_states(role)
             inner = [shape[0] for shape in role.shapes if len(shape) == 2 and shape[0] not in ("vocab", 1)]
             saved += n * role.itemsize * sum(inner)
+            if self.adapts_head(role):  # the weight with its adapter merged into it
+                rows = padded_vocab_size(role.config.vocab_size, self.tp) // self.tp
+                saved += role.itemsize * rows * role.config.hidden_size
         kept = [max(e, 4) * n * rows for rows, _, e, *_ in self.vocabulary_products() if n <= CHUNK_ELEMENTS // rows]
         return saved + sum(kept)
 
@@ -499,6 +538,7 @@ class Stage:
             if role.config and role.lm_head:
                 at_ends = self.pp > 1 and role.config.tied_embeddings
                 trains = self.trains(role, "embedding.weight" if role.config.tied_embeddings else "lm_head.weight")
+                trains = trains or self.adapts_head(role)
                 unit = self.units[name][0 if at_ends else -1]
                 found.append((role.config.hidden_size, role.itemsize, unit, trains))
             widths = [shape[1] for shape in role.shapes if shape[0] == "vocab" and len(shape) == 2]
@@ -717,10 +757,10 @@ class Stage:
         kinds = sections(role.config, self.tp, self.shards_tokens, role.lm_head)
         found = [x for _, x in [*kinds["input"], *kinds["layer"] * role.config.num_layers, *kinds["output"]]]
         if role.tuning.lora.rank:
-            weights = {name.removesuffix(".weight"): x for name, x in kinds["layer"]}
-            for i in range(role.config.num_layers):
-                for name in layer_tuning(role.config, role.tuning, i)[1]:
-                    found += adapter(name, weights[name], role.tuning.lora.rank, self.tp)
+            weights = {name.removesuffix(".weight"): x for name, x in kinds["layer"] + kinds["output"]}
+            adapted = [x for i in range(role.config.num_layers) for x in layer_tuning(role.config, role.tuning, i)[1]]
+            for name in adapted + ["lm_head"] * self.adapts_head(role):
+                found += adapter(name, weights[name], role.tuning.lora.rank, self.tp)
         return found
 
     # --- traffic ---
@@ -740,15 +780,18 @@ class Stage:
         for role in self.decoders.values():
             states = role.itemsize * self.tokens * role.config.hidden_size
             trains_input = self.is_first and self.trains(role, "embedding.weight")
-            gathers, sums, reads = 0, 0, []  # of states over tp: in all layers forward, and in those with a backward
+            gathers = sums = 0  # of states over tp
             for i in (i for chunk in self.layer_ids(role) for i in chunk):
                 trained, adapted = layer_tuning(role.config, role.tuning, i)
-                has_backward = not role.is_tuned or bool(trained or adapted) or not self.reads_constants(role, i)
-                reads = [name in adapted or f"{name}.weight" in trained for name in COLUMNS]
-                constant = role.is_tuned and self.reads_constants(role, i) and not any("norm" in x for x in trained)
-                skipped = constant * ((not reads[0]) + (role.config.parallel_residual and not reads[1]))
-                gathers += 2 + has_backward * (2 + sum(reads) + 2 * again)
-                sums += 2 + has_backward * (2 + full - skipped)
+                has_backward = self.products_with_backward(role, i)
+                columns = [name for name in COLUMNS if name in has_backward]
+                reads = sum(name in adapted or f"{name}.weight" in trained for name in columns)
+                repeated = len(columns)  # products of columns that are computed again
+                in_network = bool(has_backward & {"ffn_in", "ffn_out"})
+                if full:  # all up to the last product with a backward
+                    repeated = bool(has_backward) + in_network
+                gathers += 2 + len(has_backward) - len(columns) + reads + again * repeated
+                sums += 2 + len(columns) + full * in_network
             if self.shards_tokens:  # columns gather twice, rows scatter, and gather backward
                 self.count(found, "tp", "all_gather", states, m * (gathers + trains_input + self.is_last))
                 self.count(found, "tp", "reduce_scatter", states, m * (sums + self.is_first))

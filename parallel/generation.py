@@ -224,7 +224,8 @@ def lm_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
 
     Shapes: hidden [n, hidden_size] -> [n, padded_vocab / tp]
     """
-    logits = F.linear(hidden, decoder.lm_head_weight, decoder.lm_head_bias)
+    head = decoder.lm_head
+    logits = F.linear(hidden, decoder.lm_head_weight) if head is None else head.product(hidden, head.bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits[:, max(decoder.config.vocab_size - decoder.mesh.tp.rank * logits.shape[1], 0) :].fill_(-torch.inf)
     return logits

@@ -306,8 +306,8 @@ class Decoder(nn.Module):
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """[padded_vocab / tp, hidden_size]; on the last stage"""
-        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        """[padded_vocab / tp, hidden_size], an adapter merged into it; on the last stage"""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.merged_weight()
 
     @property
     def lm_head_bias(self) -> Tensor | None:

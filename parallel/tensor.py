@@ -187,15 +187,29 @@ class Linear(nn.Linear):
         return AdaptedProduct.apply(x, self.weight, bias, *self.adapter.low_rank, NO_AXIS, False)
 
     def merged_weight(self) -> Tensor:
-        """The weight with its adapter's update in it; no gradient."""
-        weight = self.weight.detach()
-        return weight if self.adapter is None else merge(weight, *self.adapter.low_rank)
+        """The weight with its adapter's update in it; differentiable in the adapter alone."""
+        return self.weight if self.adapter is None else MergedWeight.apply(self.weight, *self.adapter.low_rank)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """W + scale B A of this rank, summed in at least float32; no gradient."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.addmm(weight.to(wide), b.detach().to(wide), a.detach().to(wide), alpha=scale).to(weight.dtype)
+
+
+class MergedWeight(torch.autograd.Function):
+    """`merge`, for what reads a weight rather than its product: keeps A and B, not W."""
+
+    @staticmethod
+    def forward(ctx, weight, a, b, scale):
+        ctx.save_for_backward(a, b)
+        ctx.scale = scale
+        return merge(weight, a, b, scale)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return None, (b.t() @ grad) * ctx.scale, (grad @ a.t()) * ctx.scale, None
 
 
 class ColumnParallelLinear(Linear):
@@ -329,7 +343,7 @@ def packed_weights(module: nn.Module, num_rows: int):
         linears = []
     try:
         for linear in linears:
-            linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.merged_weight(), num_rows)
+            linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.merged_weight().detach(), num_rows)
         yield
     finally:
         for linear in linears:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import ppo
-from parallel.adapters import Lora, Tuning, make_reference, set_trained
+from parallel.adapters import OF_LAYERS, Lora, Tuning, make_reference, set_trained
 from parallel.checkpoint import load_decoder, save_decoder
 from parallel.data_parallel import data_parallel
 from parallel.families import config_from_hf
@@ -23,7 +23,7 @@ from tests.ranks import run_ranks
 from tests.scripts import ROOT, TINY_GPT2, make_tiny_model, read_rows, run_on_ranks
 from tests.test_layouts import CASES, DTYPES, MAKE, SCRIPTS, draw, half_step, sequences, show, step, worst_difference
 
-LORA = Tuning(lora=Lora(rank=3, alpha=6.0))
+LORA = Tuning(lora=Lora(rank=3, alpha=6.0, targets=(*OF_LAYERS, "lm_head")))
 TUNINGS = {
     "lora": LORA,
     "lora of some": Tuning(lora=Lora(rank=2, targets=("qkv", "ffn_out"))),
@@ -31,13 +31,16 @@ TUNINGS = {
     "parts": Tuning(freeze=("embedding", "layers.0", "*.attn_out", "layers.*.ffn_norm")),
     "the head alone": Tuning(freeze=("embedding", "position_embedding", "layers.0-9")),
     "lora above": Tuning(unfrozen_layers=1, lora=Lora(rank=3)),
+    "lora of the head": Tuning(lora=Lora(rank=2, targets=("attn_out", "lm_head"))),
 }
 
 
 def of_case(tuning, case):
     """Without the parts that a family does not have."""
     missing = {"position_embedding"} if case != "gpt2" else set()
-    return replace(tuning, freeze=tuple(part for part in tuning.freeze if part not in missing))
+    missing |= {"lm_head"} if case in ("gpt2", "qwen3") else set()  # tied to the embedding
+    freeze, targets = (tuple(x for x in parts if x not in missing) for parts in (tuning.freeze, tuning.lora.targets))
+    return replace(tuning, freeze=freeze, lora=replace(tuning.lora, targets=targets))
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -59,7 +62,7 @@ def test_what_still_trains_gets_the_plain_gradients(name, case, script):
 @pytest.mark.parametrize(("case", "script"), list(zip(CASES, SCRIPTS, strict=True)))
 def test_gradients_of_adapters_are_those_of_the_merged_weight(case, script):
     """For W' = W + s B A: dL/dA = s B^T dL/dW', dL/dB = s dL/dW' A^T, with dL/dW' of the plain run at W'."""
-    model, _, _ = half_step(case, script, "float64", Layout(), 4, tuning=LORA)
+    model, _, _ = half_step(case, script, "float64", Layout(), 4, tuning=of_case(LORA, case))
     adapters = {
         n: unit.view(unit.flat_grad, i) for unit in model.units if unit.trainable for i, n in enumerate(unit.names)
     }
@@ -90,7 +93,7 @@ def test_gradients_of_adapters_are_those_of_the_merged_weight(case, script):
             for x, expected in (("a", scale * b.T @ parameter.grad), ("b", scale * parameter.grad @ a.T)):
                 torch.testing.assert_close(adapters[f"{role}.{prefix}{x}"], expected, rtol=1e-9, atol=1e-13)
                 compared += 1
-    assert compared == 2 * 4 * decoder.config.num_layers
+    assert compared == 2 * (4 * decoder.config.num_layers + (decoder.lm_head is not None))
 
 
 def cover():
@@ -154,7 +157,7 @@ def reference_logprobs(case, layout, tuning, is_shared=True):
         found.append([mesh.folded.sum(x, "dp") for x in described[:2]])
         for unit in model.units:
             if unit.trainable:
-                unit.flat.add_(0.01)
+                unit.flat.add_(torch.linspace(0, 0.02, len(unit.flat)))
     return own, found
 
 
@@ -236,14 +239,15 @@ def make_model(case, folder, num_layers=2):
 @pytest.mark.parametrize("case", CASES)
 def test_merged_export_equals_the_adapted_model(case, tmp_path):
     make_model(case, tmp_path / "base")
-    logits = adapted(tmp_path / "base", Layout(), LORA, tmp_path / "one")
+    lora = of_case(LORA, case)
+    logits = adapted(tmp_path / "base", Layout(), lora, tmp_path / "one")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     ids = torch.arange(24).view(2, 12)
     torch.testing.assert_close(exported(ids).logits.detach(), logits, rtol=1e-5, atol=1e-5)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert (base(ids).logits - logits).abs().max() > 1e-2
     for ranks, layout in [(2, Layout(tp=2)), (2, Layout(zero=3)), (4, Layout(pp=2, tp=2)), (4, Layout(pp=2, zero=3))]:
-        run_ranks(ranks, adapted, tmp_path / "base", layout, LORA, tmp_path / "several")
+        run_ranks(ranks, adapted, tmp_path / "base", layout, lora, tmp_path / "several")
         for file in ("model.safetensors", "adapters.safetensors"):
             one, several = (load_file(tmp_path / name / file) for name in ("one", "several"))
             assert one.keys() == several.keys()
@@ -259,7 +263,7 @@ def test_merged_export_equals_the_adapted_model(case, tmp_path):
 
 def test_merged_reward_model_opens_in_transformers(tmp_path):
     model, mesh = make_tiny_model(tmp_path / "tiny"), init_mesh()
-    decoder = set_trained(load_decoder(str(model), mesh, torch.float32, lm_head=False), LORA)
+    decoder = set_trained(load_decoder(str(model), mesh, torch.float32, lm_head=False), of_case(LORA, "gpt2"))
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             if ".adapter." in name:
@@ -277,7 +281,7 @@ def test_merged_reward_model_opens_in_transformers(tmp_path):
 
 def test_adapters_of_another_base_are_refused(tmp_path):
     make_model("gpt2", tmp_path / "base")
-    adapted(tmp_path / "base", Layout(), LORA, tmp_path / "one")
+    adapted(tmp_path / "base", Layout(), of_case(LORA, "gpt2"), tmp_path / "one")
     # the same architecture, one number of one tensor changed
     make_model("gpt2", tmp_path / "other")
     tensors = load_file(tmp_path / "other/model.safetensors")
@@ -304,6 +308,7 @@ def test_adapters_of_another_base_are_refused(tmp_path):
         (Tuning(freeze=("layers.7",)), "--freeze layers.7 is no part.*layers.0 to layers.1"),
         (Tuning(freeze=("*",)), "leave nothing to train"),
         (Tuning(freeze=("layers.0-1",), lora=Lora(rank=2)), "leave nothing to train"),
+        (LORA, "--lora.targets lm_head: the LM head of this model is its embedding"),
         (Tuning(lora=Lora(rank=100)), "--lora.rank 100 is more than the model's width 48"),
     ],
 )

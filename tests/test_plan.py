@@ -241,6 +241,7 @@ TUNINGS = {
     "upper layers": Tuning(unfrozen_layers=2),
     "parts": Tuning(freeze=("embedding", "layers.0-1", "layers.*.attn_out", "*_norm.*")),
     "lora above": Tuning(unfrozen_layers=2, lora=Lora(rank=4)),
+    "lora of a head": Tuning(lora=Lora(rank=4, targets=("attn_out", "lm_head"))),
 }
 TUNED = [(1, Layout()), (2, Layout(zero=3)), (4, Layout(tp=2, zero=1)), (4, Layout(tp=4, sequence_parallel=False))]
 TUNED += [(4, Layout(tp=2, zero=3, recompute="full")), (2, Layout(pp=2, rollout="folded"))]
@@ -261,13 +262,27 @@ def tuned(case, layout, tuning):
 def test_plan_knows_what_trains(name):
     """Integers on real ranks: adapters, frozen parts, and references that share."""
     for i, (ranks, layout) in enumerate(TUNED):
-        tuning, case = TUNINGS[name], ("gpt2", "llama", "qwen3")[i % 3]
+        cases = ("gpt_neox", "llama") if "head" in name else ("gpt2", "llama", "qwen3")
+        tuning, case = TUNINGS[name], cases[i % len(cases)]
         if layout.pp > 1 and tuning.unfrozen_layers:
             continue
         results = [tuned(case, layout, tuning)] if ranks == 1 else run_ranks(ranks, tuned, case, layout, tuning)
         for rank, found in enumerate(results):
             for what, (real, planned) in zip(("states", "step", "rollout"), found, strict=True):
                 assert real == planned, (case, layout, rank, what)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "message"),
+    [
+        (dict(unfrozen_layers=16), "--unfrozen-layers 16 of 16 layers"),
+        (dict(freeze=("layer.0",)), "--freeze layer.0 is no part of this model"),
+        (dict(lora=Lora(rank=4096)), "--lora.rank 4096 is more than the model's width 2048"),
+    ],
+)
+def test_plan_refuses_what_a_run_refuses(tuning, message):
+    with pytest.raises(ValueError, match=message):
+        ppo.Args(model=f"{ROOT}/tests/configs/pythia-1b", **tuning).job()
 
 
 def saved(case, layouts):
@@ -365,6 +380,8 @@ def test_plan_equals_a_rehearsal(cell):
 TUNED_CELLS = {
     "neox, adapters": (PYTHIA, 2, Layout(tp=2), 2, "lora"),
     "neox, some adapters": (PYTHIA, 2, Layout(tp=2), 2, "lora of some"),
+    "neox, an adapter of the head": (PYTHIA, 2, Layout(tp=2), 2, "lora of a head"),
+    "neox, an adapter of the head, gathered": (PYTHIA, 8, Layout(zero=3), 4, "lora of a head"),
     "neox, adapters, gathered": (PYTHIA, 8, Layout(zero=3, recompute="full"), 4, "lora"),
     "qwen3, upper layers": (QWEN, 4, Layout(tp=2, zero=1), 2, "upper layers"),
     "neox, parts": (PYTHIA, 2, Layout(), 2, "parts"),
