@@ -21,7 +21,7 @@ from parallel.reward import save_reward_model
 from parallel.training_state import load_training_state, save_training_state
 from tests.ranks import run_ranks
 from tests.scripts import ROOT, TINY_GPT2, make_tiny_model, read_rows, run_on_ranks
-from tests.test_layouts import CASES, DTYPES, MAKE, SCRIPTS, draw, half_step, sequences, show, step, worst_difference
+from tests.test_layouts import CASES, MAKE, SCRIPTS, check_step, draw, half_step, sequences, show, step
 
 LORA = Tuning(lora=Lora(rank=3, alpha=6.0, targets=(*OF_LAYERS, "lm_head")))
 TUNINGS = {
@@ -114,17 +114,7 @@ def cover():
 
 @pytest.mark.parametrize(("name", "case", "script", "dtype", "ranks", "layout", "size"), list(cover()), ids=show)
 def test_step_equals_one_process(name, case, script, dtype, ranks, layout, size):
-    num_layers, tuning = 5 if layout.pp > 1 else 2, of_case(TUNINGS[name], case)
-    results = run_ranks(ranks, step, case, script, dtype, layout, size, num_layers, tuning)
-    expected_metrics, expected_norm, expected = step(case, script, dtype, Layout(), 8, num_layers, tuning)
-    loss_tol, grad_tol = DTYPES[dtype]
-    for metrics, norm, gradients in results:
-        assert abs(metrics["loss"] - expected_metrics["loss"]) <= loss_tol * max(1, abs(expected_metrics["loss"]))
-        assert norm == pytest.approx(expected_norm, rel=loss_tol)
-        if gradients:
-            worst, parameter = worst_difference(gradients, expected)
-            assert worst <= grad_tol, (parameter, worst)
-    assert results[0][2]
+    check_step(case, script, dtype, ranks, layout, size, of_case(TUNINGS[name], case))
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------

@@ -250,11 +250,11 @@ def show(value):
     return f"{stages}tp{value.tp}{'sp' * value.sequence_parallel}-zero{value.zero}-{value.recompute}"
 
 
-@pytest.mark.parametrize(("case", "script", "dtype", "ranks", "layout", "size"), list(cover()), ids=show)
-def test_step_equals_one_process(case, script, dtype, ranks, layout, size):
+def check_step(case, script, dtype, ranks, layout, size, tuning=ALL):
+    """Metrics, norm and gradients of every rank against those of one process."""
     num_layers = 5 if layout.pp > 1 else 2
-    results = run_ranks(ranks, step, case, script, dtype, layout, size, num_layers)
-    expected_metrics, expected_norm, expected = step(case, script, dtype, Layout(), 8, num_layers)
+    results = run_ranks(ranks, step, case, script, dtype, layout, size, num_layers, tuning)
+    expected_metrics, expected_norm, expected = step(case, script, dtype, Layout(), 8, num_layers, tuning)
     loss_tol, grad_tol = DTYPES[dtype]
     for metrics, norm, gradients in results:
         for name, value in expected_metrics.items():
@@ -265,6 +265,11 @@ def test_step_equals_one_process(case, script, dtype, ranks, layout, size):
             worst, name = worst_difference(gradients, expected)
             assert worst <= grad_tol, (name, worst)
     assert results[0][2]
+
+
+@pytest.mark.parametrize(("case", "script", "dtype", "ranks", "layout", "size"), list(cover()), ids=show)
+def test_step_equals_one_process(case, script, dtype, ranks, layout, size):
+    check_step(case, script, dtype, ranks, layout, size)
 
 
 def sample(case, dtype, layout, sampling, num_layers=2):
