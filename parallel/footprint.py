@@ -16,7 +16,7 @@ heads, f the network, g = 2 of them where there are gate and up projections, els
     selective    e (s h + s h + (2 a + 2 k + g f) / tp)              and what matrix products and attention give
     none         e (s h + s h + (2 a + 2 k + g f + f) / tp + 2 s h)  and what norms and activation functions give
 
-a parallel residual saves one s h; q/k norms keep their input, too, and every attention its [rows, len, len] mask.
+a parallel residual saves one s h; q/k norms keep their input, too. Kernels are those of GPUs.
 Layers below the first one that trains keep nothing; a frozen matrix without an adapter does not keep what it reads.
 Frozen weights have neither gradients nor optimizer state.
 """
@@ -28,7 +28,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kernels.linear_logprobs import CHUNK_ELEMENTS
+import torch
+
+from kernels.linear_logprobs import SUM_ELEMENTS, chunk_rows
 from parallel.adapters import INPUTS, Tuning
 from parallel.data_parallel import ALIGNMENT
 from parallel.generation import CACHE_BLOCK, NUM_SLOTS, PREFILL_TOKENS
@@ -441,7 +443,7 @@ class Stage:
         has_attention = "qkv" in has_backward or "q_norm.weight" in trained or "k_norm.weight" in trained
         if has_attention:
             saved += heads
-            saved += 4 * self.places * local.num_heads + e * self.places * self.job.seq_len  # logarithms of sums; mask
+            saved += 4 * self.places * local.num_heads  # logarithms of sums
             if config.qk_norm:
                 saved += heads + max(e, 4) * tokens * num_normed
         if has_attention or reads["attn_out"]:
@@ -503,7 +505,7 @@ class Stage:
     def saved_around(self, role: Role, chunk: int) -> int:
         """Bytes that a decoder's layers share: cosines and sines, the mask of recomputations, token ids."""
         saved = role.itemsize * self.tokens * 2 * -(-role.config.rotary_dim // 2)
-        saved += self.places * self.job.seq_len * (self.layout.recompute == "full")
+        saved += 8 * self.places * len(set(role.config.windows) or {None})  # which keys are visible
         return saved + self.tokens * (8 + (self.tp > 1) + 8 * role.config.learned_positions) * self.is_start(chunk)
 
     def last_state(self, role: Role) -> int:
@@ -523,8 +525,16 @@ class Stage:
             if self.adapts_head(role):  # the weight with its adapter merged into it
                 rows = padded_vocab_size(role.config.vocab_size, self.tp) // self.tp
                 saved += role.itemsize * rows * role.config.hidden_size
-        kept = [max(e, 4) * n * rows for rows, _, e, *_ in self.vocabulary_products() if n <= CHUNK_ELEMENTS // rows]
-        return saved + sum(kept)
+        for rows, _, e, *_ in self.vocabulary_products():
+            chunk, logits, _ = self.head_workspace(rows, e)
+            saved += logits * (chunk == n)
+        return saved
+
+    def head_workspace(self, rows: int, e: int) -> tuple[int, int, int]:
+        """How many tokens' logits a vocabulary product holds at a time, their bytes, and those of their gradient."""
+        stride = -(-rows // 64) * 64
+        chunk = min(self.scored, chunk_rows(stride, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[e]))
+        return chunk, 4 * chunk * stride, e * (e < 4) * chunk * stride
 
     def wider_states(self, role: Role) -> int:
         """Bytes of the copy of the states that a head reads which is wider than the trunk."""
@@ -677,7 +687,7 @@ class Stage:
             state + expanded + 3 * inner * config.gated,  # of the activation
             state + full + gathered - inner + e * first,  # products of the first matrix
             state - inner - expanded + on_its_way * first,  # its gradient
-            2 * state - inner - expanded + 3 * unit.wide * state // e * (config.norm == "rmsnorm"),  # of the norm
+            2 * state - inner - expanded,  # of the norm
         )
         working = max(moments)
         if recompute == "selective":
@@ -713,10 +723,11 @@ class Stage:
     def head_backward(self, rows: int, width: int, e: int, unit: PlannedUnit, trains: bool) -> tuple[int, int]:
         """Bytes of a vocabulary product's backward: while logits lie there, and while its gradient is summed."""
         n, wide = self.scored, unit.wide
-        chunk = min(n, max(CHUNK_ELEMENTS // rows, 1))
-        copies = wide * (1 + (n > chunk)) + e * (e < wide)  # of logits: weighted, again, rounded
+        chunk, logits, gradient = self.head_workspace(rows, e)
         heads = any(role.config is None for role in self.trained.values())  # the states' gradient from those waits
-        working = copies * chunk * rows + (wide + e) * rows * width * trains + e * n * width * (1 + heads)
+        part = min(SUM_ELEMENTS // (64 * width) * 64, rows) * width  # of the weight's gradient, computed at a time
+        products = max(4 * chunk * width, 4 * part * trains, e * rows * width * trains * (e < 4))
+        working = logits * (n > chunk) + gradient + 4 * rows * width * trains + products + e * n * width * (1 + heads)
         summing = wide * (rows * width + unit.size) + e * n * width if unit.zero >= 2 and trains else 0
         return working, summing
 
@@ -746,9 +757,8 @@ class Stage:
         came = e * tokens * config.hidden_size if groups > 1 and not (self.is_first and self.num_chunks == 1) else 0
         working = [self.forward(role, tokens) + came, layer_cache, on_its_way - cache]
         if has_head:
-            working.append(
-                self.slots * padded_vocab_size(config.vocab_size, self.tp) // self.tp * (e + 4 * 4) + layer_cache
-            )
+            logits = self.slots * padded_vocab_size(config.vocab_size, self.tp) // self.tp
+            working.append(2 * max(e, 4) * logits)  # and as many probabilities, where the likeliest is taken
         found = {"KV cache": cache, "working memory": max(working)}
         return found | ({"gathered weights": gathered} if gathered else {})
 

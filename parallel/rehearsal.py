@@ -1,8 +1,9 @@
 """Rehearsals: one process plays any rank of any world on tensors without contents, and counts bytes and traffic.
 
 The project's own code runs (decoder, units, backward, clipping, optimizer, KV cache) under torch's FakeTensorMode and a
-process group that sends nothing, so a rank of 512 with a 70B model takes seconds on a laptop. Where that code reads a
-number from a tensor, the ledger answers; the two loops over millions of entries are replaced by single operations.
+process group that sends nothing, so a rank of 512 with a 70B model takes seconds on a laptop. It takes the paths of
+GPUs, whose kernels are not launched. Where it reads a number from a tensor, the ledger answers; the two loops over
+millions of entries are replaced by single operations.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import KernelInterface
 
-from kernels.attention import Visible
 from parallel.adapters import make_reference, set_trained
 from parallel.collectives import Pending, groups, traffic
 from parallel.data_parallel import data_parallel
@@ -86,11 +87,47 @@ class Ledger(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
 
+class FusedNorm(torch.autograd.Function):
+    """What torch's kernel for RMS norms on GPUs allocates and keeps."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
+        ctx.save_for_backward(x, weight, scale)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), None
+
+
+def float32_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """As CUDA: without copies of the factors."""
+    return torch.empty(len(a), b.shape[1]) if out is None else out
+
+
+@contextlib.contextmanager
+def gpu_paths() -> Iterator[None]:
+    """Has code take the paths of GPUs on CPU tensors, without launching a kernel: results are not defined, sizes are.
+
+    Needs the package triton.
+    """
+    modules = "attention", "decode", "linear_logprobs", "sampler", "target_logits"
+    patches = [mock.patch(f"kernels.{name}.runs_triton", lambda x: True) for name in modules]
+    launch = mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)
+    patches += [launch, mock.patch("kernels.linear_logprobs.float32_product", float32_product)]
+    patches += [mock.patch("kernels.pointwise.RMSNorm", FusedNorm)]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
 @contextlib.contextmanager
 def fake_world(layout: Layout, world_size: int, rank: int, num_chosen: int) -> Iterator[tuple[Mesh, Ledger]]:
     """The mesh of a rank in a world of which nothing else exists, and the ledger of what it holds.
 
-    Attention runs as on a GPU, with a mask, as for rows of several documents.
     Args: num_chosen: how many entries a mask selects.
     """
     assert not dist.is_initialized(), "a rehearsal needs a process of its own"
@@ -106,8 +143,7 @@ def fake_world(layout: Layout, world_size: int, rank: int, num_chosen: int) -> I
         mock.patch("torch.cuda.is_available", lambda: False),
         mock.patch("parallel.optim.sum_of_squares", lambda x: torch.linalg.vector_norm(x, dtype=torch.float64) ** 2),
         mock.patch("parallel.data_parallel._hash", lambda flat: torch.zeros((), dtype=torch.int64)),
-        mock.patch.object(Visible, "is_plain_causal", False),
-        mock.patch("kernels.attention.EXPLICIT_MAX_LEN", 0),
+        gpu_paths(),
         mock.patch.object(FakeTensor, "data_ptr", lambda self: 0),
         mock.patch.object(Pending, "is_done", lambda self: True),
         mock.patch.object(Mesh, "broadcast_object", lambda self, obj, *_: obj),
@@ -260,4 +296,6 @@ def play_pass(one: Pass, sampler: Decoder, cache: KVCache) -> None:
             widths = [0 if is_end or stage != mesh.pp.rank else one.token_ids.numel() for stage in range(mesh.pp.size)]
             rotate(states, widths, sampler)
     if sampler.is_last:
-        sample_tokens(lm_logits(sampler, states), torch.zeros(len(one.rows)), Sampling(), None, mesh.tp)
+        noise = torch.zeros(len(one.rows), dtype=torch.float64)
+        greedy = Sampling(temperature=0.0)  # as evaluations draw: it needs more than sampling
+        sample_tokens(lm_logits(sampler, states), noise, greedy, None, mesh.tp)
