@@ -710,15 +710,16 @@ class Stage:
         unit, layer, e = self.section(name, "input"), self.section(name, "layer"), role.itemsize
         is_tied = role.config.tied_embeddings and role.lm_head and self.pp == 1
         matrix = math.prod(unit.parameters[0].shape)
-        on_its_way = 3 * unit.wide if is_tied else unit.wide + e * (e < unit.wide)  # tied: two uses and their sum
+        on_its_way = (3 * unit.wide if is_tied else unit.wide + e * (e < unit.wide)) * matrix  # tied: two uses and sum
+        on_its_way += e * self.tokens * role.config.hidden_size * (self.tp > 1)  # what it is computed from
         later = [u for u in self.units[name] if u.section == "input" and u.zero >= 2]
         absent = is_first_sum * unit.wide * sum(u.share for u in later)
         if layer.zero < 2:
-            return on_its_way * matrix
+            return on_its_way
         bucket = layer.wide * (layer.size - is_first_sum * layer.share)  # of the first layer, not yet summed
         if later and len(later[0].parameters) + (unit.zero < 2) > 1:  # learned positions': their gradient comes before
             bucket = unit.wide * later[0].size
-        return max(on_its_way * matrix + bucket, unit.wide * (matrix + unit.size) * (unit.zero >= 2)) - absent
+        return max(on_its_way + bucket, unit.wide * (matrix + unit.size) * (unit.zero >= 2)) - absent
 
     def head_backward(self, rows: int, width: int, e: int, unit: PlannedUnit, trains: bool) -> tuple[int, int]:
         """Bytes of a vocabulary product's backward: while logits lie there, and while its gradient is summed."""
