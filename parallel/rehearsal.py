@@ -22,7 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime.jit import KernelInterface
 
 from parallel.adapters import make_reference, set_trained
 from parallel.collectives import Pending, groups, traffic
@@ -113,6 +112,8 @@ def gpu_paths() -> Iterator[None]:
 
     Needs the package triton.
     """
+    from triton.runtime.jit import KernelInterface
+
     modules = "attention", "decode", "linear_logprobs", "sampler", "target_logits"
     patches = [mock.patch(f"kernels.{name}.runs_triton", lambda x: True) for name in modules]
     launch = mock.patch.object(KernelInterface, "__getitem__", lambda kernel, grid: lambda *args, **kwargs: None)

@@ -319,6 +319,7 @@ def saved(case, layouts):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_saved_activations_are_their_formula(case, tp):
+    pytest.importorskip("triton")
     kinds = [(sp, recompute) for sp in (True, False)[: 1 + (tp > 1)] for recompute in ("none", "selective", "full")]
     layouts = [Layout(tp=tp, sequence_parallel=sp, recompute=recompute) for sp, recompute in kinds]
     for layout, (layer, planned_layer, total, planned) in zip(
@@ -352,6 +353,7 @@ CELLS = {
 
 def check(config, ranks, layout, itemsize=2, rank=0, tuning=WHOLE, **sizes):
     """The plan of a rank against its rehearsal: states and traffic in integers, peaks within 1 %."""
+    pytest.importorskip("triton")
     dp = ranks // layout.tp // layout.pp
     job = make_job(config, itemsize, dp=dp, tuning=tuning, pp=layout.pp, **sizes)
     found = rehearse(job, layout, ranks, rank)
@@ -570,6 +572,7 @@ def test_heads_of_ilql_are_counted():
 
         return loss_fn
 
+    pytest.importorskip("triton")
     layout = Layout(tp=2, zero=1)
     found = rehearse(job, layout, 4, make_loss=make_loss, make_modules=make_modules)
     held = memory(job, layout, 4)
