@@ -4,10 +4,10 @@
 
 For each shape: tokens a second of generation beside transformers' `generate` (512 prompt tokens, 128 new ones, no end)
 and beside the bytes that a token must read, at 4.3 TB/s; model FLOPs utilisation of a training step (16 rows of 2048
-tokens, 6 FLOPs a parameter and token and causal attention, of 989 TFLOP/s); seconds by phase of `ppo.py` at the lengths
-of TL;DR (512 + 53 tokens, 512 rollouts, 4 epochs), mean of the iterations behind the first. Everything in bfloat16, the
-optimizer in float32. No stage begins after the budget (seconds). Without a GPU one tiny shape on the CPU, to see that
-everything runs: no number of that run means anything.
+tokens, 6 FLOPs a parameter and token and causal attention, of 989 TFLOP/s), its peak of memory and what `--plan` says of
+it; seconds by phase of `ppo.py` at the lengths of TL;DR (512 + 53 tokens, 512 rollouts, 4 epochs), mean of the
+iterations behind the first. Everything in bfloat16, the optimizer in float32. No stage begins after the budget
+(seconds). Without a GPU one tiny shape on the CPU, to see that everything runs: no number of that run means anything.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import transformers
 
 from parallel.checkpoint import load_decoder
 from parallel.data_parallel import data_parallel
+from parallel.footprint import CUDA_CONTEXT, Job, Role, memory
 from parallel.generation import Sampling, generate
 from parallel.mesh import Layout, init_mesh
 from parallel.optim import AdamW, clip_grad_norm
@@ -140,7 +141,10 @@ def bench_training(folder: Path, mesh, recompute: str) -> dict:
     attention = 6 * config.num_layers * config.num_heads * config.head_dim * ROW_LEN  # causal, forward and backward
     flops = ids.numel() * (6 * policy.num_parameters + attention)
     peak = torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else 0.0
-    return {"tokens_per_second": ids.numel() / took, "mfu": flops / took / PEAK, "peak_gib": peak}
+    job = Job({"policy": Role(config, itemsize=2)}, ROWS, step_rows, ROW_LEN, scored=ROW_LEN - 1)
+    planned = (memory(job, layout, 1).total - CUDA_CONTEXT) / 2**30
+    found = {"tokens_per_second": ids.numel() / took, "mfu": flops / took / PEAK}
+    return found | {"peak_gib": peak, "planned_gib": planned}
 
 
 def bench_ppo(folder: Path, timeout: float) -> dict:
