@@ -3,9 +3,9 @@
     python -m tests.bench_training --budget 540 --shapes 160m 1b 1.4b 2.8b
 
 For each shape: tokens a second of generation beside transformers' `generate` (512 prompt tokens, 128 new ones, no end)
-and beside the bytes that a token must read, at 4.3 TB/s; model FLOPs utilisation of a training step (16 rows of 2048
-tokens, 6 FLOPs a parameter and token and causal attention, of 989 TFLOP/s), its peak of memory and what `--plan` says of
-it; seconds by phase of `ppo.py` at the lengths of TL;DR (512 + 53 tokens, 512 rollouts, 4 epochs), mean of the
+and beside the bytes that a token must read, at 4.3 TB/s; model FLOPs utilisation of a training step (16 rows of 2,048
+tokens, 6 FLOPs a parameter and token and causal attention, of 989 TFLOP/s), its peak of memory and what `--plan` says
+of it; seconds by phase of `ppo.py` at the lengths of TL;DR (512 + 53 tokens, 512 rollouts, 4 epochs), mean of the
 iterations behind the first. Everything in bfloat16, the optimizer in float32. No stage begins after the budget
 (seconds). Without a GPU one tiny shape on the CPU, to see that everything runs: no number of that run means anything.
 """
