@@ -203,6 +203,7 @@ class Run:
     def __init__(self, script: str, args, mesh: Mesh):
         self.script, self.args, self.mesh = script, args, mesh
         self.resuming = self.begun = False
+        self.former: list[dict] = []  # what flags were that a resumed run has changed
         self.attempts = launcher_store() if mesh.is_logger else None
         self.first_progress: tuple[float, int] | None = None  # time and iterations done at the first progress line
         self.trackers: list[Callable[[dict], None]] = []
@@ -279,7 +280,8 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         if self.attempts is not None:
             self.attempts.set("folder", str(self.folder))  # an attempt after this one goes on here
-        write_atomically(self.folder / "args.json", [json.dumps(flat_flags(self.args), indent=2) + "\n"])
+        flags = flat_flags(self.args) | ({"former": self.former} if self.former else {})
+        write_atomically(self.folder / "args.json", [json.dumps(flags, indent=2) + "\n"])
         self.open_tracker()
 
     def compare_flags(self, path: Path) -> None:
@@ -291,17 +293,19 @@ class Run:
         allowed = HARMLESS | {name.strip("-").replace("-", "_") for name in self.args.allow_change}
         if now.get("optim.schedule") == "constant":  # else the learning rate depends on the length of the run
             allowed |= {"max_iterations", "max_steps"}
-        lines, refused = [], []
+        lines, refused, former = [], [], {}
         for name, value in now.items():
             if saved.get(name) != value and name not in SILENT:
                 flag = name.replace("_", "-")
                 lines.append(f"--{flag} was {saved.get(name)!r}, is {value!r}")
                 refused += [flag] if name not in allowed else []
+                former[name] = saved.get(name)
         if refused:
             differences = "\n  ".join(["the run to resume was made with other flags:", *lines])
             raise ValueError(f"{differences}\ngive the old ones, or --allow-change {' '.join(refused)}")
         for line in lines:
             self.note(f"resumed with another flag: {line}")
+        self.former = [*saved.get("former", []), *([former] if former else [])]
 
     def load_checkpoint(self, pieces: list[Piece]) -> dict | None:
         """Fills the pieces from the newest intact checkpoint of a resumed run, and returns its meta; later rows of the

@@ -4,7 +4,12 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from parallel.files import hash_file, read_json
+import torch
+from torch import Tensor
+
+from parallel.checkpoint import WeightFiles
+from parallel.files import read_json
+from parallel.reward import is_reward_model
 from parallel.rows import describe_error, is_object_spec, warn
 from tasks.rewards import Sample, check_scores, score_together
 
@@ -18,28 +23,40 @@ def training_rewards(spec: str) -> Iterator[tuple[str, str]]:
         seen.add(path)
         folder = path.parent
         flags = read_json(folder / "args.json")
-        for name in ("reward", "value_model"):
-            if flags.get(name) not in (None, "", "head", "copy"):
-                yield str(folder), locate(flags[name], folder)
+        for known in (flags, *flags.get("former", [])):  # a resumed run may have had another reward
+            for name in ("reward", "value_model"):
+                if known.get(name) not in (None, "", "head", "copy"):
+                    yield str(folder), locate(known[name], folder)
         path = Path(locate(flags.get("model") or "", folder)).resolve()
 
 
 def locate(spec: str, folder: Path) -> str:
     """A path of a run's flags as it is found from here, or from a folder that the run's own lies in."""
-    places = [Path(), *folder.parents] if spec and not is_object_spec(spec) and "://" not in spec else []
+    if is_object_spec(spec):
+        file, _, name = spec.rpartition(":")
+        return f"{locate(file, folder)}:{name}" if file.endswith(".py") else spec
+    places = [Path(), *folder.parents] if spec and "://" not in spec else []
     return next((str(place / spec) for place in places if (place / spec).exists()), spec)
 
 
 def is_same_judge(a: str, b: str) -> bool:
-    """Whether two specs name one function, one address, or folders of one run or with the same weights."""
+    """Whether two specs name one function, one address, or folders of one run or with the same head."""
     if identify(a) == identify(b):
         return True
     runs = [Path(folder).expanduser().resolve().parent for folder in (a, b)]
     if runs[0] == runs[1] and (runs[0] / "args.json").exists():  # its model/ and its best/
         return True
-    files = [sorted(Path(folder).glob("*.safetensors")) for folder in (a, b)]
-    sizes = [[path.stat().st_size for path in paths] for paths in files]
-    return sizes[0] == sizes[1] != [] and [*map(hash_file, files[0])] == [*map(hash_file, files[1])]
+    heads = [head for head in map(read_head, (a, b)) if head is not None]
+    dtype = min((head.dtype for head in heads), key=lambda dtype: dtype.itemsize, default=None)  # of a rounded copy
+    return len(heads) == 2 and torch.equal(*(head.to(dtype) for head in heads))
+
+
+def read_head(folder: str) -> Tensor | None:
+    """What a reward model reads its scores by, which training leaves like no other's; None of anything else."""
+    if not (Path(folder) / "config.json").exists() or not is_reward_model(folder):
+        return None
+    with WeightFiles(Path(folder)) as files:
+        return files.find("score.weight")[:]
 
 
 def identify(spec: str) -> str:

@@ -233,6 +233,9 @@ def test_resume_refuses_flags_that_change_the_run(call):
     )
     status, out, _ = call(*changed, "--allow-change", "optim.lr")
     assert status == 0 and "resumed with another flag: --optim.lr was 0.0003, is 0.5\n" in out
+    assert json.loads(Path("runs/count/args.json").read_text())["former"] == [
+        {"eval_every": 1, "max_iterations": 5, "optim.lr": 0.0003}
+    ]
     status, _, err = call(*changed[:-1], 7, "--optim.schedule", "linear", "--allow-change", "optim.schedule")
     assert status == 1 and "--allow-change max-iterations" in err  # now the learning rate depends on the length
     Path("runs/count/args.json").write_text("{")
