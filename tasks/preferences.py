@@ -237,6 +237,8 @@ def read_dialogue(row: Row, prompt_column: str, chosen_column: str, rejected_col
             )
         if chosen.startswith(prompt) and rejected.startswith(prompt):
             chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        if HUMAN in chosen or HUMAN in rejected:
+            raise Misfit(f"{names} hold a turn of the human: they are not the last answers to `{prompt_column}`")
     else:
         if ASSISTANT not in chosen or ASSISTANT not in rejected:
             raise Misfit(
@@ -262,13 +264,25 @@ def read_answers(row: Row, prompt_column: str, chosen_column: str, rejected_colu
         raise Misfit(
             f"`{chosen_column}` and `{rejected_column}` both begin with `{prompt_column}`: leave it out of the answers"
         )
-    for name, answer in ((chosen_column, chosen.strip()), (rejected_column, rejected.strip())):
-        if answer and (prompt.strip().startswith(answer) or prompt.strip().endswith(answer)):
-            raise Misfit(
-                f"`{prompt_column}` holds what `{name}` says: are columns swapped? --prompt-column, --chosen-column "
-                "and --rejected-column name them"
-            )
     return make_pair(prompt, chosen, rejected, prompt)
+
+
+def reject_swapped(rows: list[Row], args: "Pairs") -> None:
+    """Raises ValueError if nearly all prompts begin or end with their chosen answers, or with their rejected ones.
+
+    Single ones do by right, such as those that end with the options to choose from.
+    """
+    for name in (args.chosen_column, args.rejected_column):
+        held = []
+        for row in rows:
+            prompt, answer = row[args.prompt_column].strip(), row[name].strip()
+            if answer and (prompt.startswith(answer) or prompt.endswith(answer)):
+                held.append(row.where)
+        if len(held) > (1 - MAX_MISFITS) * len(rows):
+            raise ValueError(
+                f"{held[0]}: `{args.prompt_column}` holds what `{name}` says: are columns swapped? --prompt-column, "
+                f"--chosen-column and --rejected-column name them ({len(held):,} of {len(rows):,} rows are like this)"
+            )
 
 
 class Summaries:
@@ -290,11 +304,12 @@ class Summaries:
         }
         if not fields["post"].strip():
             raise Unusable("the post is empty")
-        while self.count(text := TLDR_PROMPT.format(**fields)) > args.prompt_tokens:
+        while (excess := self.count(text := TLDR_PROMPT.format(**fields)) - args.prompt_tokens) > 0:
             post = fields["post"]
             if not post:
                 raise Unusable(f"the prompt has more than {args.prompt_tokens} tokens without its post")
-            fields["post"] = post[: post.rfind("\n")] if "\n" in post else post[:-1]
+            step = max(1, excess // 8)  # as if character by character: none has 8 tokens
+            fields["post"] = post[: post.rfind("\n")] if "\n" in post else post[:-step]
         return text
 
     def check_lengths(self, prompt: str, response: str, of_response: int, together: int) -> None:
@@ -347,7 +362,7 @@ def flatten(row: Row, args: TLDR) -> Row:
         raise Unusable("it is about a news article, not a post")
     names = {args.subreddit_column: "subreddit", args.title_column: "title", args.post_column: "post"}
     fields = {name: info[published] for name, published in names.items() if published in info}
-    answers = {args.chosen_column: texts[choice], args.rejected_column: texts[1 - choice]}
+    answers = {args.chosen_column: texts[int(choice)], args.rejected_column: texts[int(1 - choice)]}
     return Row({**fields, **answers}, row.where)
 
 
@@ -403,6 +418,8 @@ def prepare(args) -> tuple[dict[str, list[dict]], list[str]]:
         found, left_out = read_rows(rows, read)
         for reason, where in left_out.items():
             notes.append(f"left out {len(where):,} of {len(rows):,} rows of {' '.join(sources)}: {reason}, {where[0]}")
+        if isinstance(args, Pairs):
+            reject_swapped(rows, args)
         return found
 
     if isinstance(args, TLDR):

@@ -222,6 +222,10 @@ def test_posts_are_cut_at_their_last_fitting_newline(tmp_path, tokenizer):
         else:
             with pytest.raises(Unusable, match=f"the prompt has more than {limit} tokens without its post"):
                 summaries.prompt(Row(post_row(0, post), "here"))
+    summaries.args.prompt_tokens, count = 512, mock.Mock(side_effect=summaries.count)
+    with mock.patch.object(summaries, "count", count):  # what is very long costs some tokenisations, not thousands
+        assert summaries.count(summaries.prompt(Row(post_row(0, "no newline " * 4000), "here"))) == 512
+    assert count.call_count < 100
 
 
 def test_tldr_lengths_count_the_eos(tmp_path, tokenizer):
@@ -264,7 +268,7 @@ def test_tldr_leaves_news_out_and_reads_other_columns(tmp_path, tokenizer):
     columns = dict(subreddit_column="r", title_column="head", post_column="body", summary_column="short")
     columns |= dict(chosen_column="best", rejected_column="worse")
     assert tldr(tmp_path, tokenizer, rows, flat, **columns)[0] == files
-    assert tldr(tmp_path, tokenizer, rows, [comparison(i) for i in range(20)], **columns)[0] == files
+    assert tldr(tmp_path, tokenizer, rows, [comparison(i, 1.0) for i in range(20)], **columns)[0] == files
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="RLHF_DATA holds no tokenizer")
@@ -308,6 +312,16 @@ def test_pairs_of_any_columns(tmp_path):
     files, notes = prepare(Pairs(output_dir="", source=(source,), **columns))
     assert not notes and len(files["pairs.jsonl"]) == 18
     assert {"prompt": "Is 4 even?", "completion": " It is."} in files["sft.jsonl"] + files["sft_eval.jsonl"]
+
+
+def test_prompts_may_end_with_an_answer(tmp_path):
+    """Where they list what to choose from."""
+    rows = [
+        {"prompt": f"Pet {i}: cats or dogs", "chosen": [" cats", " dogs"][i % 2], "rejected": [" dogs", " cats"][i % 2]}
+        for i in range(20)
+    ]
+    files, notes = prepare(Pairs(output_dir="", source=(write(tmp_path / "rows.jsonl", rows),)))
+    assert not notes and len(files["pairs.jsonl"] + files["pairs_eval.jsonl"]) == 20
 
 
 def command(capsys, *flags):
@@ -356,6 +370,10 @@ HH_ERRORS = {
             for a, b in zip(transcripts(8), transcripts(9)[1:], strict=True)
         ],
         ["line 1: `chosen` and `rejected` differ before their last answers", "--rejected-column"],
+    ),
+    "of another dialogue": (
+        [{**row, "chosen": LONG + row["chosen"]} for row in split_rows()],
+        ["line 1: `chosen` and `rejected` hold a turn of the human: they are not the last answers to `prompt`"],
     ),
     "null": ([{**split_rows()[0], "rejected": None}], ["line 1: `rejected` is None, not a string"]),
     "messages": (
