@@ -51,6 +51,7 @@ from parallel.training_state import save_training_state
 from tasks.baselines import bag_accuracy, count_wins, length_accuracy
 
 MIN_PROMPTS = 100  # below, a tenth of them says little, and single pairs are held out
+MANY = 4  # rows of which all answers repeat their prompts by no accident
 MAX_DEMONSTRATIONS = 1000  # chosen answers that stand in for --demonstrations
 CALIBRATION_BINS = 5  # of equal width, from probability 0.5 to 1
 
@@ -160,6 +161,11 @@ def read_pairs(rows: list[Row], tokenizer, add_bos: bool, max_len: int) -> list[
     Raises: ValueError naming the row that does not fit, or when no pair is left.
     """
     answers = [answer_row(row, name) for row in rows for name in ("chosen", "rejected")]
+    if len(rows) >= MANY and all(x.get("prompt") and x["completion"].startswith(str(x["prompt"])) for x in answers):
+        raise ValueError(
+            f"{rows[0].where}: `chosen` and `rejected` begin with the prompt, as in all rows: leave it out of them "
+            "(python -m tasks.preferences hh does so with dialogues)"
+        )
     sequences = encode_answers(answers, tokenizer, add_bos)
     pairs = []
     for row, chosen_ids, rejected_ids in zip(rows, sequences[0::2], sequences[1::2], strict=True):
@@ -218,7 +224,7 @@ def answer_row(row: Row, name: str) -> Row:
     if row.get("prompt") is None:
         hint = "python -m tasks.preferences hh splits whole dialogues"
         raise row.misfit(f"`prompt` before answers that are strings (it may be empty; {hint})")
-    return Row({"prompt": row["prompt"], "completion": row[name]}, row.where)
+    return Row({"prompt": row["prompt"], "completion": row.text(name)}, row.where)
 
 
 def shared_opening(row: Row) -> list:

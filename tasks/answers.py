@@ -55,9 +55,10 @@ def split_answer(row: Row) -> Row:
         *opening, last = row["messages"]
         if last["role"] == "assistant":
             fields |= {"messages": opening, "reference": last["content"]}
-    if "rejected" in row and Row(fields, row.where).text("rejected") == fields["reference"]:
+    result = Row(fields, row.where)
+    if "rejected" in row and result.text("chosen") == result.text("rejected"):
         raise ValueError(f"{row.where}: `chosen` and `rejected` are the same text: there is nothing to prefer")
-    return Row(fields, row.where)
+    return result
 
 
 def read_prompts(
@@ -107,6 +108,8 @@ def read_answers(spec: str, kind: str, flag: str) -> dict[str, list[tuple[str, b
     for row in rows:
         if "prompt" not in row or "response" not in row:
             raise row.misfit("`prompt` and `response`, as a run's samples.jsonl has them")
+        if not isinstance(row.get("finished", True), bool):
+            raise ValueError(f"{row.where}: `finished` is {row['finished']!r:.40}, neither true nor false")
 
     def kind_of(row: Row) -> str:
         found = row.get("kind", row.get("scale", ""))
@@ -120,7 +123,7 @@ def read_answers(spec: str, kind: str, flag: str) -> dict[str, list[tuple[str, b
     found: dict[str, list[tuple[str, bool]]] = {}
     for row, iteration in zip(rows, iterations, strict=True):
         if iteration == max(iterations):
-            found.setdefault(row.text("prompt"), []).append((row.text("response"), bool(row.get("finished", True))))
+            found.setdefault(row.text("prompt"), []).append((row.text("response"), row.get("finished", True)))
     return found
 
 

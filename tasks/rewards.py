@@ -22,7 +22,7 @@ from parallel.data import check_vocabulary, join_parts, load_tokenizer
 from parallel.data_parallel import data_parallel
 from parallel.mesh import Mesh
 from parallel.reward import load_reward_model, pack_sequences, read_scores
-from parallel.rows import Row, describe_error, load_object
+from parallel.rows import Row, describe_error, is_object_spec, load_object, reject_missing_folder
 
 HTTP_BATCH = 64  # samples of a request
 HTTP_TIMEOUT = 12.0  # seconds in which an answer must begin, and then end, at each try
@@ -87,6 +87,9 @@ def make_reward(spec: str, context: SampleContext | None = None, timeout: float 
 
         score_checked.lies_on_all_ranks = True
         return score_checked
+    if not is_object_spec(spec):
+        reject_missing_folder(spec)
+        raise ValueError(f"{spec} is neither a folder here nor module:function, file.py:function or an http(s) address")
     function = load_object(spec)
     if not callable(function):
         raise ValueError(f"{spec} is {function!r:.80}, not a function")

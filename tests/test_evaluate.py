@@ -11,7 +11,7 @@ import statistics
 import pytest
 import torch
 import tyro
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import evaluate
 from parallel.checkpoint import load_decoder
@@ -341,7 +341,7 @@ def refused(cwd, *flags):
 
 
 def test_the_judge_that_trained_is_refused(place, tmp_path):
-    """By path, by a copy of its weights, along the chain of runs, and for files of answers; another one is not."""
+    """By path, by a copy of its weights in any form, along the chain of runs, for files of answers; no other one is."""
     folder = tmp_path / "runs/ppo"
     make_tiny_model(folder / "model")
     (tmp_path / "runs/reward").mkdir()
@@ -349,6 +349,9 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
         (tmp_path / "runs/reward" / name).mkdir()
         for path in (place / source).iterdir():
             (tmp_path / "runs/reward" / name / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "runs/reward/model/adapters.safetensors").write_text("of a run with --lora.rank, merged in the copy")
+    rounded = AutoModelForSequenceClassification.from_pretrained(place / "rm", dtype=torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "runs/reward/rounded", max_shard_size="20KB")
     (folder / "args.json").write_text(json.dumps({"model": "a", "reward": "runs/reward/model"}))
     make_tiny_model(tmp_path / "runs/ppo-2/best")
     later = {"model": "runs/ppo/model", "reward": LETTER_JUDGE, "value_model": "head"}
@@ -358,6 +361,7 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
     for model, judge in (
         ("runs/ppo/model", "runs/reward/model"),
         ("runs/ppo/model", "runs/reward/copy"),
+        ("runs/ppo/model", "runs/reward/rounded"),
         ("runs/ppo-2/best", "runs/reward/copy"),
         ("runs/ppo-2/best", LETTER_JUDGE),
         ("runs/ppo-2/best", f"{evaluate.__file__.rpartition('/')[0]}/tests/letter_reward.py:share"),
@@ -374,6 +378,13 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
     assert "is the reward of the run" in refused(
         tmp_path, "--model", "runs/ppo/model", *data, "--judge", "runs/reward/other"
     )
+    later |= {"reward": "judges/mine.py:score", "former": [{"reward": "runs/reward/model"}]}  # of a resumed run
+    (tmp_path / "runs/ppo-2/args.json").write_text(json.dumps(later | {"model": "a"}))
+    (tmp_path / "judges").mkdir()
+    (tmp_path / "judges/mine.py").write_text("def score(samples): return [0.0] * len(samples)")
+    flags = ("--model", tmp_path / "runs/ppo-2/best", "--data", tmp_path / "data.jsonl", "--judge")
+    assert "is the reward of the run" in refused(tmp_path, *flags, "runs/reward/copy")
+    assert "is the reward of the run" in refused(tmp_path / "judges", *flags, "mine.py:score")
     assert not is_same_judge("runs/a", "runs/b") and is_same_judge("http://x/y", "http://x/y")
 
 
@@ -385,6 +396,7 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
         ([{"prompt": "a", "rejected": "b"}], (), "line 1: needs `chosen` beside `rejected`; it has prompt, rejected"),
         ([{"chosen": "a", "rejected": "b"}], (), "line 1: needs `prompt` beside `chosen` (of whole dialogues, "),
         ([{"prompt": "a", "chosen": "b", "rejected": "b"}], (), "are the same text"),
+        ([{"prompt": "a", "completion": "b", "chosen": None, "rejected": "b"}], (), "`chosen` is None, not a string"),
         ([{"prompt": "a", "chosen": ["b"], "rejected": "c"}], (), "both as strings or both as messages"),
         ([{"prompt": "a", "chosen": "ab"}] * 4, (), "the answer begins with the prompt, as in all rows"),
         ([{"prompt": "a", "completion": " "}], (), "its reference answer is empty"),
@@ -401,6 +413,10 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
         ([{"prompt": "a", "completion": "b"}], ("--against", "none.jsonl"), "none.jsonl: no such file"),
         ([{"prompt": "a", "completion": "b"}], ("--judge", "bare"), "no tokenizer can be loaded from the folder bare"),
         ([{"prompt": "a", "completion": "b"}], ("--judge", "a"), "a is no reward model"),
+        ([{"prompt": "a", "completion": "b"}], ("--judge", "./bear"), "no such file or folder; did you mean bare"),
+        ([{"prompt": "a", "completion": "b"}], ("--judge", "bear"), "bear is neither a folder here nor module:func"),
+        ([{"prompt": "a", "completion": "b"}], ("--model", "ended.jsonl", "--tokenizer", "a"),
+         "ended.jsonl, line 1: `finished` is 'false', neither true nor false"),
         ([{"prompt": "a", "completion": "b"}], ("--judge", "", "--pairwise-judge", "tests.test_evaluate:scale_of_ten"),
          "gave 7.0: it should give 1 (first better) to 0"),
         ([{"prompt": "a", "completion": "b"}], ("--judge", "", "--pairwise-judge", "tests.test_evaluate:fails"),
@@ -411,6 +427,7 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
 def test_bad_input_is_refused(place, tmp_path, rows, flags, message):
     write(tmp_path / "data.jsonl", rows)
     write(tmp_path / "answers.jsonl", [{"prompt": "b", "response": "c", "kind": kind} for kind in "xy"])
+    write(tmp_path / "ended.jsonl", [{"prompt": "a", "response": "c", "finished": "false"}])
     for name, source in (("a", "a"), ("bare", "rm")):
         (tmp_path / name).mkdir()
         for path in (place / source).iterdir():
@@ -461,6 +478,7 @@ def test_rows_as_prompts():
     assert split(messages=[user, good]) == {"messages": [user], "reference": "g"}
     assert split(messages=[user]) == {"messages": [user]} and split(prompt="q") == {"prompt": "q"}
     assert "rejected" not in split(chosen=[user, good])
+    assert split(prompt="q", completion="b", chosen="g", rejected="b")["reference"] == "b"
     for fields in (
         dict(chosen=[user, good], rejected=[bad]),
         dict(prompt="q", chosen=[good], rejected=[bad]),

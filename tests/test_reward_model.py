@@ -321,7 +321,7 @@ BAD_PAIRS = {  # case -> (second row, what the message must name beside its line
     "empty": ({"prompt": "b", "chosen": "da", "rejected": " "}, ["empty"]),
     "no rejected": ({"prompt": "b", "chosen": "da"}, ["`rejected`", "it has prompt, chosen", "preferences pairs"]),
     "no prompt": ({"chosen": "da", "rejected": "c"}, ["`prompt`", "tasks.preferences hh"]),
-    "null": ({"prompt": "b", "chosen": "da", "rejected": None}, ["None", "not a string"]),
+    "null": ({"prompt": "b", "chosen": "da", "rejected": None}, ["`rejected` is None", "not a string"]),
     "mixed": ({"prompt": "b", "chosen": "da", "rejected": [{"role": "assistant", "content": "c"}]}, ["both"]),
     "margin nan": ({"prompt": "b", "chosen": "da", "rejected": "c", "margin": math.nan}, ["margin", "nan"]),
     "margin huge": ({"prompt": "b", "chosen": "da", "rejected": "c", "margin": 10**400}, ["margin", "1000"]),
@@ -340,6 +340,15 @@ def test_read_pairs_rejects(case):
         read([{"prompt": "b", "chosen": "da", "rejected": "c"}, row])
     for word in ("pairs.jsonl, line 2", *words):
         assert word in str(raised.value), raised.value
+
+
+def test_answers_that_repeat_the_prompt_are_refused():
+    rows = [{"prompt": "b", "chosen": "bda", "rejected": f"b{x}"} for x in "cdef"]
+    with pytest.raises(
+        ValueError, match="pairs.jsonl, line 1: `chosen` and `rejected` begin with the prompt, as in all"
+    ):
+        read(rows)
+    assert len(read([*rows, {"prompt": "b", "chosen": "da", "rejected": "c"}])) == 5
 
 
 def test_long_pairs_are_named_counted_and_left_out():
