@@ -16,18 +16,31 @@ from tasks.rewards import Sample, check_scores, score_together
 # --- what training used ---------------------------------------------------------------------------------------------
 
 
-def training_rewards(spec: str) -> Iterator[tuple[str, str]]:
-    """(run folder, reward) of the run that a model or a file of answers comes from, of the run that began with, ..."""
+def lineage(spec: str) -> Iterator[Path]:
+    """A model or file of answers, the model that its run began with, the one that this one's run began with, ..."""
     path, seen = Path(spec).expanduser().resolve(), set()
-    while path.exists() and path not in seen and (path.parent / "args.json").exists():
+    while path.exists() and path not in seen:
         seen.add(path)
+        yield path
         folder = path.parent
+        if not (folder / "args.json").exists():
+            return
+        path = Path(locate(read_json(folder / "args.json").get("model") or "", folder)).resolve()
+
+
+def ancestors(spec: str) -> list[str]:
+    """The reward models among them."""
+    return [str(path) for path in lineage(spec) if read_head(str(path)) is not None]
+
+
+def training_rewards(spec: str) -> Iterator[tuple[str, str]]:
+    """(run folder, reward) of each run that a model or a file of answers comes from."""
+    for folder in (path.parent for path in lineage(spec) if (path.parent / "args.json").exists()):
         flags = read_json(folder / "args.json")
         for known in (flags, *flags.get("former", [])):  # a resumed run may have had another reward
             for name in ("reward", "value_model"):
                 if known.get(name) not in (None, "", "head", "copy"):
                     yield str(folder), locate(known[name], folder)
-        path = Path(locate(flags.get("model") or "", folder)).resolve()
 
 
 def locate(spec: str, folder: Path) -> str:
@@ -74,14 +87,22 @@ def identify(spec: str) -> str:
 
 
 def refuse_training_judge(judge: str, specs: list[str]) -> None:
-    """Raises ValueError if the judge is the reward of a run that one of the models or files of answers comes from."""
+    """Raises ValueError if the judge is the reward of a run that one of the models or files of answers comes from.
+
+    Neither may be trained from the other.
+    """
     for spec in specs:
         for folder, reward in training_rewards(spec):
-            if is_same_judge(judge, reward):
+            pairs = [
+                (judge, reward),
+                *((judge, x) for x in ancestors(reward)),
+                *((x, reward) for x in ancestors(judge)),
+            ]
+            if any(is_same_judge(a, b) for a, b in pairs):
                 raise ValueError(
-                    f"--judge {judge} is the reward of the run {folder}, from which {spec} comes: it would say how "
-                    "well training has pleased it. Train another one by reward_model.py, on other pairs or at least "
-                    "with another --seed, or give --allow-training-judge"
+                    f"--judge {judge} is the reward of the run {folder}, from which {spec} comes, or one is trained "
+                    "from the other: it would say how well training has pleased it. Train another one by "
+                    "reward_model.py, on other pairs or at least with another --seed, or give --allow-training-judge"
                 )
             if not (is_object_spec(reward) or "://" in reward or Path(reward).exists()):
                 warn(

@@ -385,6 +385,18 @@ def test_the_judge_that_trained_is_refused(place, tmp_path):
     flags = ("--model", tmp_path / "runs/ppo-2/best", "--data", tmp_path / "data.jsonl", "--judge")
     assert "is the reward of the run" in refused(tmp_path, *flags, "runs/reward/copy")
     assert "is the reward of the run" in refused(tmp_path / "judges", *flags, "mine.py:score")
+    (tmp_path / "runs/judge").mkdir()
+    (tmp_path / "runs/reward/other").rename(tmp_path / "runs/judge/model")
+    make_tiny_model(tmp_path / "runs/sft/model")
+    trained = {"model": "a", "reward": "runs/reward/model", "value_model": "runs/sft/model"}
+    (folder / "args.json").write_text(json.dumps(trained))
+    flags = ("--model", "runs/ppo/model", *data, "--judge", "runs/judge/model")
+    for judge, reward in (("reward", "sft"), ("sft", "judge"), ("sft", "sft")):  # what they began from
+        (tmp_path / "runs/judge/args.json").write_text(json.dumps({"model": f"runs/{judge}/model"}))
+        (tmp_path / "runs/reward/args.json").write_text(json.dumps({"model": f"runs/{reward}/model"}))
+        if judge != reward:
+            assert "or one is trained from the other" in refused(tmp_path, *flags)
+    run(tmp_path, *flags)
     assert not is_same_judge("runs/a", "runs/b") and is_same_judge("http://x/y", "http://x/y")
 
 
