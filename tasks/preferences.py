@@ -457,12 +457,14 @@ def prepare(args) -> tuple[dict[str, list[dict]], list[str]]:
     for suffix in ("", "_eval"):
         for kind in KINDS:
             if not files[f"{kind}{suffix}.jsonl"]:
-                raise ValueError(f"{kind}{suffix}.jsonl would be empty: give more rows, or room for longer ones")
+                raise ValueError(f"{kind}{suffix}.jsonl would be empty: give more rows, room for longer ones, or a larger share")
     return files, notes
 
 
 def write_files(folder: Path, files: dict[str, list[dict]], overwrite: bool) -> None:
     """Writes the folder whole. Raises: ValueError if it holds something else, or files of before without overwrite."""
+    if folder.resolve() == Path.cwd():
+        raise ValueError(f"--output-dir {folder} is replaced as a whole, and is where you are: give a folder in it")
     held = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in held if name not in FILES]
     if foreign:

@@ -459,6 +459,12 @@ def test_folder_appears_whole(tmp_path, capsys, monkeypatch):
     assert {path.name: path.read_text() for path in (tmp_path / "hh").iterdir()} == before
     main(replace(args, overwrite=True, seed=2))
     assert {path.name: path.read_text() for path in (tmp_path / "hh").iterdir()} != before
+    (tmp_path / "hh/empty").mkdir()
+    monkeypatch.chdir(tmp_path / "hh/empty")
+    with pytest.raises(ValueError, match="--output-dir . is replaced as a whole, and is where you are"):
+        main(replace(args, output_dir="."))
+    (tmp_path / "hh/empty").rmdir()
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "hh/notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds notes.txt, which is not of this command"):
         main(replace(args, overwrite=True))
