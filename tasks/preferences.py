@@ -457,7 +457,9 @@ def prepare(args) -> tuple[dict[str, list[dict]], list[str]]:
     for suffix in ("", "_eval"):
         for kind in KINDS:
             if not files[f"{kind}{suffix}.jsonl"]:
-                raise ValueError(f"{kind}{suffix}.jsonl would be empty: give more rows, room for longer ones, or a larger share")
+                raise ValueError(
+                    f"{kind}{suffix}.jsonl would be empty: give more rows, room for longer ones, or a larger share"
+                )
     return files, notes
 
 
