@@ -131,7 +131,7 @@ def test_help_explains_every_flag(script, call):
     assert status == 0
     assert max(map(len, page.splitlines())) <= 100
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", page).split())
-    metavar = r"( (STR|INT|FLOAT|\[\S+ \[\S+ \.\.\.\]\]|(\{None\}\|)?\{[\w,]+\}|\{None\}\|FLOAT)|, --(\w+\.)?no-\S+)"
+    metavar = r"( (STR|INT|FLOAT|\[\S+ \[(\S+ )?\.\.\.\]\]|(\{None\}\|)?\{[\w,]+\}|\{None\}\|FLOAT)|, --(\w+\.)?no-\S+)"
     for flag in flat_flags(script.Args()):
         flag = flag.replace("_", "-")
         assert re.search(rf"--{flag}{metavar} (?!\(default)", text), f"--{flag} has no help"
