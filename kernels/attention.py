@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.launch import Tiles, architecture, differentiable_once, has_kernels, jit, runs_triton, tl
+from kernels.launch import DTYPES, PIECES, Tiles, architecture, differentiable_once, jit, padded_head, runs_triton, tl
 
 LOG2_E = 1.4426950408889634
 EXPLICIT_MAX_LEN = 128  # up to this row length two batched matrix products and a softmax beat the fused CPU kernel
@@ -122,10 +122,9 @@ class ExplicitAttention(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------------------------------
 #
 # A program owns a block of rows and walks the blocks of columns that any of them sees: masked at both ends, unmasked
-# between. Head dims that are no power of two lie in two pieces, D0 + D1: no padded products. Every output is written
-# once, by one program: runs repeat bit for bit, and a row depends on nothing but its own tokens.
+# between. A head lies in pieces of D0 and D1 features, of which the first HEAD_DIM exist. Every output is written once,
+# by one program: runs repeat bit for bit, and a row depends on nothing but its own tokens.
 
-PIECES = {32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 256: (256, 0)}  # of a head
 # (architecture, head_dim) -> forward (queries, keys), dk and dv (queries, keys), dq (queries, keys); of 16-bit types
 TILES = {
     (90, 32): (Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
@@ -142,37 +141,51 @@ TILES = {
     (80, 256): (Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(64, 32, 8, 1)),
 }
 DELTA_ROWS = 64
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_BATCH = 65535  # of a launch's third dimension
 FLOAT32_TILES = Tiles(16, 16, 8, 1)  # exact products go without tensor cores, through registers
 
 
 def tiles_of(head_dim: int, itemsize: int, arch: int) -> tuple[Tiles, Tiles, Tiles]:
     """For forward, dk and dv, dq."""
-    return TILES[arch, head_dim] if itemsize == 2 else (FLOAT32_TILES,) * 3
+    return TILES[arch, padded_head(head_dim)] if itemsize == 2 else (FLOAT32_TILES,) * 3
 
 
 @jit
-def load_rows(base, rows, stride, ok, D: tl.constexpr, OFFSET: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, D] from column OFFSET on, 0 where not ok."""
-    at = base + rows[:, None] * stride + (OFFSET + tl.arange(0, D))[None, :]
+def load_rows(
+    base, rows, stride, ok, D: tl.constexpr, OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr
+):
+    """[rows, D] from column OFFSET on, 0 where not ok and from HEAD_DIM on."""
+    column = (OFFSET + tl.arange(0, D))[None, :]
+    at = base + rows[:, None] * stride + column
+    if OFFSET + D > HEAD_DIM:
+        return tl.load(at, mask=ok[:, None] & (column < HEAD_DIM), other=0.0)
     if MASKED:
         return tl.load(at, mask=ok[:, None], other=0.0)
     return tl.load(at)
 
 
 @jit
+def store_rows(base, x, ok, D: tl.constexpr, OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """x [rows, D] to column OFFSET and on, where ok and below HEAD_DIM. Shapes: base [rows, 1], ok [rows]"""
+    column = (OFFSET + tl.arange(0, D))[None, :]
+    mask = ok[:, None]
+    if OFFSET + D > HEAD_DIM:
+        mask = mask & (column < HEAD_DIM)
+    tl.store(base + column, x.to(base.dtype.element_ty), mask=mask)
+
+
+@jit
 def forward_keys(
     acc0, acc1, largest, total, q0, q1, k_base, v_base, rows, earliest, start, stop, first, last, k_stride, v_stride,
-    scale, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
+    scale, BN: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys [start, stop) of which [first, last) may be read: output, largest score and sum so far, base 2."""
     for c in range(start, stop, BN):
         columns = c + tl.arange(0, BN)
         ok = (columns >= first) & (columns < last)
-        scores = tl.dot(q0, load_rows(k_base, columns, k_stride, ok, D0, 0, MASKED).T, input_precision="ieee")
+        scores = tl.dot(q0, load_rows(k_base, columns, k_stride, ok, D0, 0, HEAD_DIM, MASKED).T, input_precision="ieee")
         if D1 > 0:
-            k1 = load_rows(k_base, columns, k_stride, ok, D1, D0, MASKED)
+            k1 = load_rows(k_base, columns, k_stride, ok, D1, D0, HEAD_DIM, MASKED)
             scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
         scores = scores * scale
         if MASKED:
@@ -184,10 +197,10 @@ def forward_keys(
         decay = tl.exp2(largest - shift)
         total = total * decay + tl.sum(probs, 1)
         probs = probs.to(q0.dtype)
-        v0 = load_rows(v_base, columns, v_stride, ok, D0, 0, MASKED)
+        v0 = load_rows(v_base, columns, v_stride, ok, D0, 0, HEAD_DIM, MASKED)
         acc0 = tl.dot(probs, v0, acc0 * decay[:, None], input_precision="ieee")
         if D1 > 0:
-            v1 = load_rows(v_base, columns, v_stride, ok, D1, D0, MASKED)
+            v1 = load_rows(v_base, columns, v_stride, ok, D1, D0, HEAD_DIM, MASKED)
             acc1 = tl.dot(probs, v1, acc1 * decay[:, None], input_precision="ieee")
         largest = new
     return acc0, acc1, largest, total
@@ -196,8 +209,8 @@ def forward_keys(
 @jit
 def flash_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, earliest_ptr, scale, q_batch, q_token, q_head, k_batch, k_token, k_head,
-    v_batch, v_token, v_head, seq_len, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    v_batch, v_token, v_head, seq_len, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out [batch, seq_len, heads, head_dim], lse [batch, heads, seq_len] in base 2; grid: (blocks, heads, batch).
 
@@ -211,10 +224,10 @@ def flash_forward(
     q_base = q_ptr + batch * q_batch + head * q_head
     k_base = k_ptr + batch * k_batch + (head // GROUP) * k_head
     v_base = v_ptr + batch * v_batch + (head // GROUP) * v_head
-    q0 = load_rows(q_base, rows, q_token, ok, D0, 0, True)
+    q0 = load_rows(q_base, rows, q_token, ok, D0, 0, HEAD_DIM, True)
     q1 = q0
     if D1 > 0:
-        q1 = load_rows(q_base, rows, q_token, ok, D1, D0, True)
+        q1 = load_rows(q_base, rows, q_token, ok, D1, D0, HEAD_DIM, True)
     bounds = earliest_ptr + batch * seq_len
     earliest = tl.load(bounds + rows, mask=ok, other=seq_len)
     last = tl.minimum(block * BM + BM, seq_len)
@@ -227,65 +240,63 @@ def flash_forward(
     total = tl.zeros((BM,), tl.float32)
     acc0, acc1, largest, total = forward_keys(
         acc0, acc1, largest, total, q0, q1, k_base, v_base, rows, earliest, first // BN * BN, whole, first, last,
-        k_token, v_token, scale, BN, D0, D1, True,
+        k_token, v_token, scale, BN, HEAD_DIM, D0, D1, True,
     )  # fmt: skip
     acc0, acc1, largest, total = forward_keys(
         acc0, acc1, largest, total, q0, q1, k_base, v_base, rows, earliest, whole, diagonal, first, last,
-        k_token, v_token, scale, BN, D0, D1, False,
+        k_token, v_token, scale, BN, HEAD_DIM, D0, D1, False,
     )  # fmt: skip
     acc0, acc1, largest, total = forward_keys(
         acc0, acc1, largest, total, q0, q1, k_base, v_base, rows, earliest, diagonal, last, first, last,
-        k_token, v_token, scale, BN, D0, D1, True,
+        k_token, v_token, scale, BN, HEAD_DIM, D0, D1, True,
     )  # fmt: skip
-    D: tl.constexpr = D0 + D1
     inverse = 1.0 / tl.where(ok, total, 1.0)
-    at = out_ptr + ((batch * seq_len + rows)[:, None] * heads + head) * D
-    tl.store(at + tl.arange(0, D0)[None, :], (acc0 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=ok[:, None])
+    at = out_ptr + ((batch * seq_len + rows)[:, None] * heads + head) * HEAD_DIM
+    store_rows(at, acc0 * inverse[:, None], ok, D0, 0, HEAD_DIM)
     if D1 > 0:
-        at += D0 + tl.arange(0, D1 if D1 > 0 else 16)[None, :]
-        tl.store(at, (acc1 * inverse[:, None]).to(out_ptr.dtype.element_ty), mask=ok[:, None])
+        store_rows(at, acc1 * inverse[:, None], ok, D1, D0, HEAD_DIM)
     lse = largest + tl.log2(tl.where(ok, total, 1.0))
     tl.store(lse_ptr + (batch * heads + head) * seq_len + rows, lse, mask=ok)
 
 
 @jit
 def flash_delta(
-    out_ptr, grad_ptr, delta_ptr, g_batch, g_token, g_head, seq_len, D0: tl.constexpr, D1: tl.constexpr,
-    BM: tl.constexpr,
+    out_ptr, grad_ptr, delta_ptr, g_batch, g_token, g_head, seq_len, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(out * grad): [batch, heads, seq_len]; grid: (blocks, heads, batch)."""
     head, heads, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ok = rows < seq_len
-    D: tl.constexpr = D0 + D1
-    out = out_ptr + batch * seq_len * heads * D + head * D
+    out = out_ptr + batch * seq_len * heads * HEAD_DIM + head * HEAD_DIM
     grad = grad_ptr + batch * g_batch + head * g_head
-    stride = heads * D
-    product = load_rows(out, rows, stride, ok, D0, 0, True).to(tl.float32)
-    delta = tl.sum(product * load_rows(grad, rows, g_token, ok, D0, 0, True).to(tl.float32), 1)
+    stride = heads * HEAD_DIM
+    product = load_rows(out, rows, stride, ok, D0, 0, HEAD_DIM, True).to(tl.float32)
+    delta = tl.sum(product * load_rows(grad, rows, g_token, ok, D0, 0, HEAD_DIM, True).to(tl.float32), 1)
     if D1 > 0:
-        product = load_rows(out, rows, stride, ok, D1, D0, True).to(tl.float32)
-        delta += tl.sum(product * load_rows(grad, rows, g_token, ok, D1, D0, True).to(tl.float32), 1)
+        product = load_rows(out, rows, stride, ok, D1, D0, HEAD_DIM, True).to(tl.float32)
+        delta += tl.sum(product * load_rows(grad, rows, g_token, ok, D1, D0, HEAD_DIM, True).to(tl.float32), 1)
     tl.store(delta_ptr + (batch * heads + head) * seq_len + rows, delta, mask=ok)
 
 
 @jit
 def backward_queries(
     dk0, dk1, dv0, dv1, k0, k1, v0, v1, columns, after, q_base, g_base, lse_base, delta_base, start, stop, last,
-    q_token, g_token, scale, BM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
+    q_token, g_token, scale, BM: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what blocks of queries [start, stop) below `last` give to the gradients of a block of keys and values."""
     for r in range(start, stop, BM):
         rows = r + tl.arange(0, BM)
         ok = rows < last
-        q0 = load_rows(q_base, rows, q_token, ok, D0, 0, MASKED)
-        g0 = load_rows(g_base, rows, g_token, ok, D0, 0, MASKED)
+        q0 = load_rows(q_base, rows, q_token, ok, D0, 0, HEAD_DIM, MASKED)
+        g0 = load_rows(g_base, rows, g_token, ok, D0, 0, HEAD_DIM, MASKED)
         q1, g1 = q0, g0
         scores = tl.dot(k0, q0.T, input_precision="ieee")  # [keys, queries]
         dp = tl.dot(v0, g0.T, input_precision="ieee")
         if D1 > 0:
-            q1 = load_rows(q_base, rows, q_token, ok, D1, D0, MASKED)
-            g1 = load_rows(g_base, rows, g_token, ok, D1, D0, MASKED)
+            q1 = load_rows(q_base, rows, q_token, ok, D1, D0, HEAD_DIM, MASKED)
+            g1 = load_rows(g_base, rows, g_token, ok, D1, D0, HEAD_DIM, MASKED)
             scores = tl.dot(k1, q1.T, scores, input_precision="ieee")
             dp = tl.dot(v1, g1.T, dp, input_precision="ieee")
         lse = tl.load(lse_base + rows, mask=ok, other=0.0)
@@ -308,7 +319,7 @@ def backward_queries(
 def flash_backward_kv(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, after_ptr, scale, q_batch, q_token, q_head,
     k_batch, k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head, seq_len, GROUP: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dk, dv [batch, seq_len, kv_heads, head_dim]: a program owns a block of keys of one key/value head and visits the
     query heads of its group in order; grid: (blocks, kv_heads, batch). scale: log2(e) / sqrt(head_dim)."""
@@ -318,12 +329,12 @@ def flash_backward_kv(
     ok = columns < seq_len
     k_base = k_ptr + batch * k_batch + kv_head * k_head
     v_base = v_ptr + batch * v_batch + kv_head * v_head
-    k0 = load_rows(k_base, columns, k_token, ok, D0, 0, True)
-    v0 = load_rows(v_base, columns, v_token, ok, D0, 0, True)
+    k0 = load_rows(k_base, columns, k_token, ok, D0, 0, HEAD_DIM, True)
+    v0 = load_rows(v_base, columns, v_token, ok, D0, 0, HEAD_DIM, True)
     k1, v1 = k0, v0
     if D1 > 0:
-        k1 = load_rows(k_base, columns, k_token, ok, D1, D0, True)
-        v1 = load_rows(v_base, columns, v_token, ok, D1, D0, True)
+        k1 = load_rows(k_base, columns, k_token, ok, D1, D0, HEAD_DIM, True)
+        v1 = load_rows(v_base, columns, v_token, ok, D1, D0, HEAD_DIM, True)
     bounds = after_ptr + batch * seq_len
     after = tl.load(bounds + columns, mask=ok, other=0)
     last = tl.load(bounds + tl.minimum(block * BN + BN, seq_len) - 1)
@@ -342,45 +353,44 @@ def flash_backward_kv(
         numbers = (batch * kv_heads * GROUP + head) * seq_len
         dk0, dk1, dv0, dv1 = backward_queries(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, columns, after, q_base, g_base, lse_ptr + numbers, delta_ptr + numbers,
-            start, below, last, q_token, g_token, scale, BM, D0, D1, True,
+            start, below, last, q_token, g_token, scale, BM, HEAD_DIM, D0, D1, True,
         )  # fmt: skip
         dk0, dk1, dv0, dv1 = backward_queries(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, columns, after, q_base, g_base, lse_ptr + numbers, delta_ptr + numbers,
-            below, whole, last, q_token, g_token, scale, BM, D0, D1, False,
+            below, whole, last, q_token, g_token, scale, BM, HEAD_DIM, D0, D1, False,
         )  # fmt: skip
         dk0, dk1, dv0, dv1 = backward_queries(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, columns, after, q_base, g_base, lse_ptr + numbers, delta_ptr + numbers,
-            whole, last, last, q_token, g_token, scale, BM, D0, D1, True,
+            whole, last, last, q_token, g_token, scale, BM, HEAD_DIM, D0, D1, True,
         )  # fmt: skip
-    D: tl.constexpr = D0 + D1
     scale = scale * 0.6931471805599453  # ln 2: 1 / sqrt(head_dim)
-    at = ((batch * seq_len + columns)[:, None] * kv_heads + kv_head) * D + tl.arange(0, D0)[None, :]
-    tl.store(dk_ptr + at, (dk0 * scale).to(dk_ptr.dtype.element_ty), mask=ok[:, None])
-    tl.store(dv_ptr + at, dv0.to(dv_ptr.dtype.element_ty), mask=ok[:, None])
+    at = ((batch * seq_len + columns)[:, None] * kv_heads + kv_head) * HEAD_DIM
+    store_rows(dk_ptr + at, dk0 * scale, ok, D0, 0, HEAD_DIM)
+    store_rows(dv_ptr + at, dv0, ok, D0, 0, HEAD_DIM)
     if D1 > 0:
-        at = ((batch * seq_len + columns)[:, None] * kv_heads + kv_head) * D
-        at += D0 + tl.arange(0, D1 if D1 > 0 else 16)[None, :]
-        tl.store(dk_ptr + at, (dk1 * scale).to(dk_ptr.dtype.element_ty), mask=ok[:, None])
-        tl.store(dv_ptr + at, dv1.to(dv_ptr.dtype.element_ty), mask=ok[:, None])
+        store_rows(dk_ptr + at, dk1 * scale, ok, D1, D0, HEAD_DIM)
+        store_rows(dv_ptr + at, dv1, ok, D1, D0, HEAD_DIM)
 
 
 @jit
 def backward_keys(
     dq0, dq1, q0, q1, g0, g1, lse, delta, k_base, v_base, rows, earliest, start, stop, first, last, k_token, v_token,
-    scale, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
+    scale, BN: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what blocks of keys [start, stop) give to the gradients of a block of queries."""
     for c in range(start, stop, BN):
         columns = c + tl.arange(0, BN)
         ok = (columns >= first) & (columns < last)
-        k0 = load_rows(k_base, columns, k_token, ok, D0, 0, MASKED)
+        k0 = load_rows(k_base, columns, k_token, ok, D0, 0, HEAD_DIM, MASKED)
         k1 = k0
         scores = tl.dot(q0, k0.T, input_precision="ieee")
-        dp = tl.dot(g0, load_rows(v_base, columns, v_token, ok, D0, 0, MASKED).T, input_precision="ieee")
+        v0 = load_rows(v_base, columns, v_token, ok, D0, 0, HEAD_DIM, MASKED)
+        dp = tl.dot(g0, v0.T, input_precision="ieee")
         if D1 > 0:
-            k1 = load_rows(k_base, columns, k_token, ok, D1, D0, MASKED)
+            k1 = load_rows(k_base, columns, k_token, ok, D1, D0, HEAD_DIM, MASKED)
             scores = tl.dot(q1, k1.T, scores, input_precision="ieee")
-            dp = tl.dot(g1, load_rows(v_base, columns, v_token, ok, D1, D0, MASKED).T, dp, input_precision="ieee")
+            v1 = load_rows(v_base, columns, v_token, ok, D1, D0, HEAD_DIM, MASKED)
+            dp = tl.dot(g1, v1.T, dp, input_precision="ieee")
         probs = tl.exp2(scores * scale - lse[:, None])
         if MASKED:
             seen = (columns[None, :] >= earliest[:, None]) & (columns[None, :] <= rows[:, None])
@@ -396,7 +406,7 @@ def backward_keys(
 def flash_backward_q(
     q_ptr, k_ptr, v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, earliest_ptr, scale, q_batch, q_token, q_head, k_batch,
     k_token, k_head, v_batch, v_token, v_head, g_batch, g_token, g_head, seq_len, GROUP: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dq [batch, seq_len, heads, head_dim]; grid: (blocks, heads, batch). scale: log2(e) / sqrt(head_dim)."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -408,12 +418,12 @@ def flash_backward_q(
     g_base = grad_ptr + batch * g_batch + head * g_head
     k_base = k_ptr + batch * k_batch + (head // GROUP) * k_head
     v_base = v_ptr + batch * v_batch + (head // GROUP) * v_head
-    q0 = load_rows(q_base, rows, q_token, ok, D0, 0, True)
-    g0 = load_rows(g_base, rows, g_token, ok, D0, 0, True)
+    q0 = load_rows(q_base, rows, q_token, ok, D0, 0, HEAD_DIM, True)
+    g0 = load_rows(g_base, rows, g_token, ok, D0, 0, HEAD_DIM, True)
     q1, g1 = q0, g0
     if D1 > 0:
-        q1 = load_rows(q_base, rows, q_token, ok, D1, D0, True)
-        g1 = load_rows(g_base, rows, g_token, ok, D1, D0, True)
+        q1 = load_rows(q_base, rows, q_token, ok, D1, D0, HEAD_DIM, True)
+        g1 = load_rows(g_base, rows, g_token, ok, D1, D0, HEAD_DIM, True)
     numbers = (batch * heads + head) * seq_len + rows
     lse = tl.load(lse_ptr + numbers, mask=ok, other=0.0)
     delta = tl.load(delta_ptr + numbers, mask=ok, other=0.0)
@@ -427,23 +437,21 @@ def flash_backward_q(
     dq1 = tl.zeros((BM, D1 if D1 > 0 else 16), tl.float32)
     dq0, dq1 = backward_keys(
         dq0, dq1, q0, q1, g0, g1, lse, delta, k_base, v_base, rows, earliest, first // BN * BN, whole, first, last,
-        k_token, v_token, scale, BN, D0, D1, True,
+        k_token, v_token, scale, BN, HEAD_DIM, D0, D1, True,
     )  # fmt: skip
     dq0, dq1 = backward_keys(
         dq0, dq1, q0, q1, g0, g1, lse, delta, k_base, v_base, rows, earliest, whole, diagonal, first, last,
-        k_token, v_token, scale, BN, D0, D1, False,
+        k_token, v_token, scale, BN, HEAD_DIM, D0, D1, False,
     )  # fmt: skip
     dq0, dq1 = backward_keys(
         dq0, dq1, q0, q1, g0, g1, lse, delta, k_base, v_base, rows, earliest, diagonal, last, first, last,
-        k_token, v_token, scale, BN, D0, D1, True,
+        k_token, v_token, scale, BN, HEAD_DIM, D0, D1, True,
     )  # fmt: skip
-    D: tl.constexpr = D0 + D1
     scale = scale * 0.6931471805599453
-    at = dq_ptr + ((batch * seq_len + rows)[:, None] * heads + head) * D
-    tl.store(at + tl.arange(0, D0)[None, :], (dq0 * scale).to(dq_ptr.dtype.element_ty), mask=ok[:, None])
+    at = dq_ptr + ((batch * seq_len + rows)[:, None] * heads + head) * HEAD_DIM
+    store_rows(at, dq0 * scale, ok, D0, 0, HEAD_DIM)
     if D1 > 0:
-        at += D0 + tl.arange(0, D1 if D1 > 0 else 16)[None, :]
-        tl.store(at, (dq1 * scale).to(dq_ptr.dtype.element_ty), mask=ok[:, None])
+        store_rows(at, dq1 * scale, ok, D1, D0, HEAD_DIM)
 
 
 class FlashAttention(torch.autograd.Function):
@@ -457,12 +465,12 @@ class FlashAttention(torch.autograd.Function):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(batch, heads, seq_len, dtype=torch.float32, device=q.device)
         if q.numel():
-            d0, d1 = PIECES[head_dim]
+            d0, d1 = PIECES[padded_head(head_dim)]
             with torch.cuda.device_of(q):
                 flash_forward[(-(-seq_len // tiles.rows), heads, batch)](
                     q, k, v, out, lse, earliest, LOG2_E * head_dim**-0.5, *q.stride()[:3], *k.stride()[:3],
-                    *v.stride()[:3], seq_len, GROUP=heads // k.shape[2], D0=d0, D1=d1, BM=tiles.rows, BN=tiles.columns,
-                    num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                    *v.stride()[:3], seq_len, GROUP=heads // k.shape[2], HEAD_DIM=head_dim, D0=d0, D1=d1, BM=tiles.rows,
+                    BN=tiles.columns, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
                 )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, earliest, after)
         return out
@@ -478,21 +486,21 @@ class FlashAttention(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         if not q.numel():
             return dq, dk, dv, None, None
-        d0, d1 = PIECES[head_dim]
+        d0, d1 = PIECES[padded_head(head_dim)]
         strides = [n for x in (q, k, v, grad) for n in x.stride()[:3]]
         scale, kv_heads = LOG2_E * head_dim**-0.5, k.shape[2]
         with torch.cuda.device_of(q):
             flash_delta[(-(-seq_len // DELTA_ROWS), heads, batch)](
-                out, grad, delta, *grad.stride()[:3], seq_len, D0=d0, D1=d1, BM=DELTA_ROWS
+                out, grad, delta, *grad.stride()[:3], seq_len, HEAD_DIM=head_dim, D0=d0, D1=d1, BM=DELTA_ROWS
             )
             flash_backward_kv[(-(-seq_len // kv_tiles.columns), kv_heads, batch)](
-                q, k, v, grad, lse, delta, dk, dv, after, scale, *strides, seq_len, GROUP=heads // kv_heads, D0=d0,
-                D1=d1, BM=kv_tiles.rows, BN=kv_tiles.columns, num_warps=kv_tiles.num_warps,
+                q, k, v, grad, lse, delta, dk, dv, after, scale, *strides, seq_len, GROUP=heads // kv_heads,
+                HEAD_DIM=head_dim, D0=d0, D1=d1, BM=kv_tiles.rows, BN=kv_tiles.columns, num_warps=kv_tiles.num_warps,
                 num_stages=kv_tiles.num_stages,
             )  # fmt: skip
             flash_backward_q[(-(-seq_len // q_tiles.rows), heads, batch)](
-                q, k, v, grad, lse, delta, dq, earliest, scale, *strides, seq_len, GROUP=heads // kv_heads, D0=d0,
-                D1=d1, BM=q_tiles.rows, BN=q_tiles.columns, num_warps=q_tiles.num_warps,
+                q, k, v, grad, lse, delta, dq, earliest, scale, *strides, seq_len, GROUP=heads // kv_heads,
+                HEAD_DIM=head_dim, D0=d0, D1=d1, BM=q_tiles.rows, BN=q_tiles.columns, num_warps=q_tiles.num_warps,
                 num_stages=q_tiles.num_stages,
             )  # fmt: skip
         return dq, dk, dv, None, None
@@ -516,8 +524,10 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> None:
         raise ValueError(f"q, k, v and first_key lie on {devices}: one device, please")
 
 
-def check_offsets(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError for sizes that kernels do not index: offsets within a row or over heads are 32 bits wide."""
+def check_for_kernels(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError for heads that kernels do not take, and for sizes that they do not index: offsets within a row
+    or over heads are 32 bits wide."""
+    padded_head(q.shape[3])
     rows = {"q": q, "k": k, "v": v}
     spans = {name: max(x.shape[1] * x.stride(1), x.shape[2] * x.stride(2)) for name, x in rows.items()}
     spans["the output"] = q[:1].numel()
@@ -535,12 +545,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
 
     Shapes: q [batch, seq_len, num_heads, head_dim]; k, v [batch, seq_len, num_kv_heads, head_dim]
         -> [batch, seq_len, num_heads, head_dim]
-    Raises: ValueError for shapes, dtypes or devices that do not fit, or are beyond what kernels index.
+    Raises: ValueError for shapes, dtypes or devices that do not fit, or are beyond what kernels take.
     Source: Vaswani et al. 2017 (arXiv 1706.03762), eq. 1.
     """
     check_inputs(q, k, v, visible)
-    if q.dtype != torch.float64 and runs_triton(q) and has_kernels("attention", q.shape[3], tuple(PIECES)):
-        check_offsets(q, k, v)
+    if runs_triton(q):
+        check_for_kernels(q, k, v)
         return FlashAttention.apply(q, k, v, *visible.bounds)
     if not q.is_cuda and q.shape[1] <= EXPLICIT_MAX_LEN:
         return ExplicitAttention.apply(q, k, v, visible.bias.to(q.dtype))

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.launch import Tiles, architecture, has_kernels, jit, overlaps_itself, runs_triton, tl
+from kernels.launch import DTYPES, PIECES, Tiles, architecture, jit, overlaps_itself, padded_head, runs_triton, tl
 from kernels.pointwise import rotate_
 
 
@@ -87,11 +87,9 @@ def decode_attention_reference(q: Tensor, cache: Tensor, step: Step, window: int
 # Kernels (Dao et al. 2023, "Flash-Decoding for long-context inference")
 # ---------------------------------------------------------------------------------------------------------------------
 #
-# A head of 80 is two pieces, 64 and 16 wide, one of 96 is 64 and 32: blocks are powers of 2, and nothing is read or
-# computed for padding. What is masked is not read. All sums are in float32.
+# A head lies in pieces of D0 and D1 features, of which the first HEAD_DIM exist. What is masked is not read. All sums
+# are in float32.
 
-PIECES = {32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 256: (256, 0)}  # of a head
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUERY_ROWS = 16  # heads of a program, which share keys and values; the fewest that a product on tensor cores takes
 APPEND_HEADS = 8  # of a program
 NO_WINDOW = 1 << 30
@@ -149,16 +147,30 @@ def append_kernel(
 
 
 @jit
-def load_rows(base, rows, stride, ok, D: tl.constexpr, OFFSET: tl.constexpr):
-    """[rows, D] from column OFFSET on, 0 where not ok."""
-    return tl.load(base + rows[:, None] * stride + (OFFSET + tl.arange(0, D))[None, :], mask=ok[:, None], other=0.0)
+def load_rows(base, rows, stride, ok, D: tl.constexpr, OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """[rows, D] from column OFFSET on, 0 where not ok and from HEAD_DIM on."""
+    column = (OFFSET + tl.arange(0, D))[None, :]
+    mask = ok[:, None]
+    if OFFSET + D > HEAD_DIM:
+        mask = mask & (column < HEAD_DIM)
+    return tl.load(base + rows[:, None] * stride + column, mask=mask, other=0.0)
+
+
+@jit
+def store_rows(base, x, ok, D: tl.constexpr, OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """x [rows, D] to column OFFSET and on, where ok and below HEAD_DIM. Shapes: base [rows, 1], ok [rows]"""
+    column = (OFFSET + tl.arange(0, D))[None, :]
+    mask = ok[:, None]
+    if OFFSET + D > HEAD_DIM:
+        mask = mask & (column < HEAD_DIM)
+    tl.store(base + column, x, mask=mask)
 
 
 @jit
 def split_kernel(
     q_ptr, cache_ptr, lens_ptr, acc_ptr, stats_ptr, scale, q_stride, q_head_stride, kind_stride, slot_stride,
     head_stride, token_stride, max_len, window, num_heads, group, num_splits, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-    BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BN: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
 ):  # fmt: skip
     """A program: a split of a sequence's keys, for up to ROWS query heads that read them.
 
@@ -179,10 +191,10 @@ def split_kernel(
     stop = tl.minimum(split * SPLIT + SPLIT, length)
     if start < stop:
         q_base = q_ptr + sequence * q_stride
-        q0 = load_rows(q_base, heads, q_head_stride, ok, D0, 0)
+        q0 = load_rows(q_base, heads, q_head_stride, ok, D0, 0, HEAD_DIM)
         q1 = q0
         if D1 > 0:
-            q1 = load_rows(q_base, heads, q_head_stride, ok, D1, D0)
+            q1 = load_rows(q_base, heads, q_head_stride, ok, D1, D0, HEAD_DIM)
         acc0 = tl.zeros((ROWS, D0), tl.float32)
         acc1 = tl.zeros((ROWS, D1 if D1 > 0 else 16), tl.float32)
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -192,9 +204,9 @@ def split_kernel(
         for first in range(start, stop, BN):
             keys = first + tl.arange(0, BN)
             seen = (keys >= earliest) & (keys < stop)
-            scores = tl.dot(q0, load_rows(k_base, keys, token_stride, seen, D0, 0).T, input_precision="ieee")
+            scores = tl.dot(q0, load_rows(k_base, keys, token_stride, seen, D0, 0, HEAD_DIM).T, input_precision="ieee")
             if D1 > 0:
-                k1 = load_rows(k_base, keys, token_stride, seen, D1, D0)
+                k1 = load_rows(k_base, keys, token_stride, seen, D1, D0, HEAD_DIM)
                 scores = tl.dot(q1, k1.T, scores, input_precision="ieee")  # [ROWS, BN]
             scores = tl.where(seen[None, :], scores * scale, float("-inf"))
             new = tl.maximum(largest, tl.max(scores, 1))
@@ -202,19 +214,19 @@ def split_kernel(
             probs = tl.exp2(scores - new[:, None])
             total = total * decay + tl.sum(probs, 1)
             probs = probs.to(q0.dtype)
-            v0 = load_rows(v_base, keys, token_stride, seen, D0, 0)
+            v0 = load_rows(v_base, keys, token_stride, seen, D0, 0, HEAD_DIM)
             acc0 = tl.dot(probs, v0, acc0 * decay[:, None], input_precision="ieee")
             if D1 > 0:
-                v1 = load_rows(v_base, keys, token_stride, seen, D1, D0)
+                v1 = load_rows(v_base, keys, token_stride, seen, D1, D0, HEAD_DIM)
                 acc1 = tl.dot(probs, v1, acc1 * decay[:, None], input_precision="ieee")
             largest = new
         part = (sequence * num_heads + heads) * num_splits + split
         tl.store(stats_ptr + part * 2, largest, mask=ok)
         tl.store(stats_ptr + part * 2 + 1, total, mask=ok)
-        at = acc_ptr + part[:, None] * (D0 + D1)
-        tl.store(at + tl.arange(0, D0)[None, :], acc0, mask=ok[:, None])
+        at = acc_ptr + part[:, None] * HEAD_DIM
+        store_rows(at, acc0, ok, D0, 0, HEAD_DIM)
         if D1 > 0:
-            tl.store(at + D0 + tl.arange(0, D1 if D1 > 0 else 16)[None, :], acc1, mask=ok[:, None])
+            store_rows(at, acc1, ok, D1, D0, HEAD_DIM)
 
 
 @jit
@@ -266,8 +278,8 @@ def append_by_kernel(qkv, cache, step, num_heads, tables, interleaved) -> Tensor
 
 def decode_attention_by_kernels(q, cache, step, window) -> Tensor:
     (num_sequences, num_heads, head_dim), (_, _, num_kv_heads, max_len, _) = q.shape, cache.shape
-    tiles = TILES[architecture(q.device.index), head_dim, 8 * q.itemsize]
-    d0, d1 = PIECES[head_dim]
+    tiles = TILES[architecture(q.device.index), padded_head(head_dim), 8 * q.itemsize]
+    d0, d1 = PIECES[padded_head(head_dim)]
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
     group, num_splits = num_heads // num_kv_heads, -(-max_len // tiles.rows)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -277,8 +289,8 @@ def decode_attention_by_kernels(q, cache, step, window) -> Tensor:
         with torch.cuda.device_of(q):
             split_kernel[(num_sequences, num_kv_heads * -(-group // QUERY_ROWS), num_splits)](
                 q, cache, step.lens, acc, stats, LOG2_E * head_dim**-0.5, *q.stride()[:2], *cache.stride()[:4], max_len,
-                window, num_heads, group, num_splits, ROWS=QUERY_ROWS, SPLIT=tiles.rows, BN=tiles.columns, D0=d0, D1=d1,
-                num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+                window, num_heads, group, num_splits, ROWS=QUERY_ROWS, SPLIT=tiles.rows, BN=tiles.columns,
+                HEAD_DIM=head_dim, D0=d0, D1=d1, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
             merge_kernel[(num_sequences, num_heads)](
                 acc, stats, step.lens, out, max_len, window, num_splits, SPLIT=tiles.rows, HEAD_DIM=head_dim,
@@ -323,7 +335,7 @@ def append(
             shapes = ", ".join(f"{list(x.shape)} {x.dtype} on {x.device}" for x in tables)
             wanted = f"[{num_sequences}, 1, at most {head_dim // 2}] of {qkv.dtype} on {qkv.device}"
             raise ValueError(f"tables are {shapes}, not {wanted}, as qkv is")
-    if has_kernels_for(qkv, head_dim):
+    if runs_triton(qkv):
         check_for_kernels(qkv, cache, step)
         return append_by_kernel(qkv, cache, step, num_heads, tables, interleaved)
     return append_reference(qkv, cache, step, num_heads, tables, interleaved)
@@ -343,14 +355,10 @@ def decode_attention(q: Tensor, cache: Tensor, step: Step, window: int | None = 
         raise ValueError(f"q {list(q.shape)} does not fit {len(step.lens)} lengths and a cache {list(cache.shape)}")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} keys: at least 1, the new token's own")
-    if has_kernels_for(q, q.shape[2]):
+    if runs_triton(q):
         check_for_kernels(q, cache, step)
         return decode_attention_by_kernels(q, cache, step, window)
     return decode_attention_reference(q, cache, step, window)
-
-
-def has_kernels_for(x: Tensor, head_dim: int) -> bool:
-    return x.dtype != torch.float64 and runs_triton(x) and has_kernels("decoding", head_dim, tuple(PIECES))
 
 
 def check_cache(x: Tensor, cache: Tensor, step: Step) -> None:
@@ -361,6 +369,8 @@ def check_cache(x: Tensor, cache: Tensor, step: Step) -> None:
     if cache.dtype != x.dtype or not cache.device == x.device == step.lens.device:
         given = f"{x.dtype} on {x.device}, the cache {cache.dtype} on {cache.device}, lengths on {step.lens.device}"
         raise ValueError(f"new heads are {given}: one dtype and device, please")
+    if x.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"new heads are {x.dtype}: should be one of bfloat16, float16, float32 and float64")
     if step.lens.ndim != 1 or step.lens.dtype not in (torch.int32, torch.int64) or not step.lens.is_contiguous():
         raise ValueError(f"lengths are {list(step.lens.shape)} {step.lens.dtype}, not contiguous integers [sequences]")
     if overlaps_itself(cache):
@@ -371,8 +381,7 @@ def check_cache(x: Tensor, cache: Tensor, step: Step) -> None:
 
 def check_for_kernels(x: Tensor, cache: Tensor, step: Step) -> None:
     """Raises ValueError for what the kernels do not do."""
-    if x.dtype not in DTYPES:
-        raise ValueError(f"decode kernels take bfloat16, float16 or float32, not {x.dtype}")
+    padded_head(cache.shape[4])
     if x.stride(-1) != 1 or cache.stride(4) != 1:
         strides = f"{x.stride(-1)} in new heads, {cache.stride(4)} in the cache"
         raise ValueError(f"the features of a head are {strides} apart: they must be neighbours")

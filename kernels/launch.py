@@ -1,8 +1,12 @@
-"""Which implementation of an operation runs, and the tile sizes that kernels run with.
+"""Which implementation of an operation runs, and what all kernels share.
 
-On GPUs from sm_80 on kernels are Triton's; on CPUs, on older GPUs and without Triton the reference in PyTorch runs,
-which every file of this folder holds beside its kernels. The environment variable KERNELS forces one: `reference`, or
-`triton` (on a CPU then in Triton's interpreter: set TRITON_INTERPRET=1, too).
+On GPUs from sm_80 on kernels are Triton's; on CPUs, on older GPUs, without Triton and in float64 the reference in
+PyTorch runs, which every file of this folder holds beside its kernels. What kernels do not take is refused, never left
+to the reference. The environment variable KERNELS forces one: `reference`, or `triton` (on a CPU then in Triton's
+interpreter: set TRITON_INTERPRET=1, too).
+
+The table of tile sizes stands in each file beside its kernels, since what a row and a column of a tile are differs from
+one to the next, and only those of attention and decoding depend on the head dim.
 """
 
 import functools
@@ -26,6 +30,9 @@ else:  # kernels are then never launched; their files annotate with strings, so 
 
 
 MIN_CAPABILITY = (8, 0)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Blocks are powers of 2: a head lies in one or two pieces, so that nothing of these is read or computed for padding.
+PIECES = {32: (32, 0), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 256: (256, 0)}
 
 
 class Tiles(NamedTuple):
@@ -60,37 +67,37 @@ def runs_triton(x: Tensor) -> bool:
         return False
     if forced not in ("", "triton"):
         raise ValueError(f"KERNELS={forced}: takes reference or triton")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not forced and not x.is_cuda:
+        return False
     if forced and triton is None:
         raise ValueError("KERNELS=triton, but the package triton is not installed")
-    if not x.is_cuda:
-        if forced and not interpreted:
-            raise ValueError("KERNELS=triton on a CPU: set TRITON_INTERPRET=1, which interprets kernels slowly")
-        return bool(forced)
-    if forced:
-        return True
-    capability = torch.cuda.get_device_capability(x.device)
+    if forced and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("KERNELS=triton on a CPU: set TRITON_INTERPRET=1, which interprets kernels slowly")
+    if forced and x.dtype == torch.float64:
+        raise ValueError("KERNELS=triton, but kernels take bfloat16, float16 and float32, not float64")
+    capability = MIN_CAPABILITY if forced else torch.cuda.get_device_capability(x.device)
+    reason = None
     if capability < MIN_CAPABILITY:
-        _say_once(f"kernels: PyTorch, since this GPU is sm_{capability[0]}{capability[1]} and Triton's need sm_80")
-        return False
-    if triton is None:
-        _say_once("kernels: PyTorch, since the package triton is not installed")
-        return False
-    return True
+        reason = f"this GPU is sm_{capability[0]}{capability[1]} and Triton's need sm_80"
+    elif triton is None:
+        reason = "the package triton is not installed"
+    elif x.dtype == torch.float64:
+        reason = "Triton's take bfloat16, float16 and float32, not float64"
+    if reason is not None:
+        _say_once(f"kernels: PyTorch, since {reason}")
+    return reason is None
 
 
-def has_kernels(name: str, head_dim: int, head_dims: tuple[int, ...]) -> bool:
-    """Whether there are kernels for heads of this size; if not, PyTorch takes them, and says so once.
+def padded_head(head_dim: int) -> int:
+    """The head dim of `PIECES` as which kernels run one: itself, or the next larger, whose last features are masked.
 
-    Raises: ValueError if KERNELS=triton forces what there is not.
+    Raises: ValueError if there is none.
     """
-    if head_dim in head_dims:
-        return True
-    text = f"kernels of {name} take head dims {', '.join(map(str, head_dims))}, not {head_dim}"
-    if os.environ.get("KERNELS"):
-        raise ValueError(text)
-    _say_once(f"kernels: PyTorch; those of {text.removeprefix('kernels of ')}")
-    return False
+    for size in PIECES:
+        if head_dim <= size:
+            return size
+    given = f"heads of {head_dim}: kernels take at most {max(PIECES)}"
+    raise ValueError(f"{given} (without padding {', '.join(map(str, PIECES))}); KERNELS=reference takes any")
 
 
 def differentiable_once(backward):

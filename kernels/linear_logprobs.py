@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.launch import Tiles, architecture, differentiable_once, jit, runs_triton, tl, triton
+from kernels.launch import DTYPES, Tiles, architecture, differentiable_once, jit, runs_triton, tl, triton
 
 CHUNK_ELEMENTS = 1 << 23  # logits that the backward holds at a time: 32 MiB in float32
 BLOCK_ELEMENTS, BLOCK_ROWS = (
@@ -127,7 +127,6 @@ class LinearLogprobs(torch.autograd.Function):
 # Kernels
 # ---------------------------------------------------------------------------------------------------------------------
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SIZE = 1 << 30  # of a dimension: kernels count rows, columns and features in int32, and offsets in int64
 CHUNK_ROWS = 4096  # more would not make the products faster
 WORKSPACE_BYTES = 1 << 30  # a chunk's logits in float32 and, beside them, their gradient in 16 bits
@@ -478,7 +477,7 @@ def check_inputs(hidden, weight, token_ids, bias, temperature) -> None:
     if len({x.device for x in named.values()}) > 1:
         raise ValueError(f"tensors on several devices: { {name: str(x.device) for name, x in named.items()} }")
     floating = [x for x in (hidden, weight, bias) if x is not None]
-    if len({x.dtype for x in floating}) > 1 or hidden.dtype not in (*KERNEL_DTYPES, torch.float64):
+    if len({x.dtype for x in floating}) > 1 or hidden.dtype not in (*DTYPES, torch.float64):
         given = {name: str(x.dtype) for name, x in named.items() if name != "token_ids"}
         raise ValueError(f"dtypes {given}: should be the same, one of bfloat16, float16, float32 and float64")
     if token_ids.dtype not in (torch.int32, torch.int64):
@@ -500,7 +499,7 @@ def linear_logprobs(hidden, weight, token_ids, bias=None, temperature=1.0, vocab
     check_inputs(hidden, weight, token_ids, bias, temperature)
     num_valid = weight.shape[0] if vocab_size is None else max(0, min(len(weight), vocab_size - vocab_start))
     inputs = (hidden, weight, token_ids, bias, temperature, vocab_start, num_valid)
-    if not runs_triton(hidden) or hidden.dtype == torch.float64 or num_valid == 0 or hidden.numel() == 0:
+    if not runs_triton(hidden) or num_valid == 0 or hidden.numel() == 0:
         return LinearLogprobs.apply(*inputs)
     if max(*hidden.shape, *weight.shape) > MAX_SIZE:
         shapes = f"hidden {list(hidden.shape)}, weight {list(weight.shape)}"

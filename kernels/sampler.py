@@ -279,7 +279,7 @@ class KernelWeights:
 
 def weigh_shard(logits: Tensor, temperature: float, largest: Tensor | None = None) -> Weights | KernelWeights:
     """`Weights` of a shard, by kernels where they run; the likeliest id (temperature 0) is the reference's to find."""
-    runs = temperature > 0 and logits.dtype != torch.float64 and runs_triton(logits)
+    runs = temperature > 0 and runs_triton(logits)
     return (KernelWeights if runs else Weights)(logits, temperature, largest)
 
 

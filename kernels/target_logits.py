@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.launch import Tiles, jit, runs_triton, tl
+from kernels.launch import DTYPES, Tiles, jit, runs_triton, tl
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILES = Tiles(8, 512, 4, 1)  # rows and features of a block
 
 
@@ -90,6 +89,6 @@ def target_logits(hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tenso
         raise ValueError(f"token_ids are {token_ids.dtype}: should be int64 or int32")
     if not hidden.device == weight.device == bias.device == token_ids.device:
         raise ValueError(f"tensors on {hidden.device}, {weight.device}, {bias.device}, {token_ids.device}: one, please")
-    if hidden.dtype != torch.float64 and runs_triton(hidden):
+    if runs_triton(hidden):
         return target_logits_by_kernel(hidden, weight, token_ids, bias, vocab_start)
     return target_logits_reference(hidden, weight, token_ids, bias, vocab_start)

@@ -2,19 +2,23 @@
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppo
+from kernels import attention as attention_file
+from kernels import decode as decode_file
 from kernels import launch
 from kernels import linear_logprobs as linear_logprobs_file
 from kernels.attention import EXPLICIT_MAX_LEN, Visible, attention
-from kernels.decode import Step, decode_attention
-from kernels.launch import has_kernels, overlaps_itself, runs_triton
+from kernels.decode import Step, append, decode_attention
+from kernels.launch import overlaps_itself, padded_head, runs_triton
 from kernels.linear_logprobs import linear_logprobs
 from kernels.pointwise import rotate_
 
@@ -147,15 +151,19 @@ def test_linear_logprobs_keeps_at_most_one_chunk(monkeypatch):
         assert (0 if node.kept is None else node.kept.numel()) == kept
 
 
-def test_head_dims_without_kernels_are_left_to_pytorch_and_said_once(monkeypatch, capsys):
-    monkeypatch.delenv("KERNELS", raising=False)
-    assert has_kernels("a test", 64, (32, 64))
-    assert not has_kernels("a test", 48, (32, 64))
-    assert not has_kernels("a test", 48, (32, 64))
-    assert capsys.readouterr().out == "kernels: PyTorch; those of a test take head dims 32, 64, not 48\n"
-    monkeypatch.setenv("KERNELS", "triton")
-    with pytest.raises(ValueError, match="a test take head dims 32, 64, not 48"):
-        has_kernels("a test", 48, (32, 64))
+def test_heads_beyond_the_largest_are_refused_not_left_to_pytorch(monkeypatch):
+    assert [padded_head(size) for size in (1, 12, 32, 33, 72, 80, 112, 256)] == [32, 32, 32, 64, 80, 80, 128, 256]
+    for file in (attention_file, decode_file):
+        monkeypatch.setattr(file, "runs_triton", lambda x: True)  # as on a GPU
+    x, lens = torch.zeros(1, 3, 1, 257), torch.ones(1, dtype=torch.long)
+    cache, step = torch.zeros(2, 1, 1, 3, 257), Step(lens, 3)
+    for run in (
+        lambda: attention(x, x, x, Visible(torch.zeros(1, 3, dtype=torch.long))),
+        lambda: decode_attention(x[:, 0], cache, step),
+        lambda: append(x.view(1, -1), cache, step, 1),
+    ):
+        with pytest.raises(ValueError, match="heads of 257: kernels take at most 256.*KERNELS=reference takes any"):
+            run()
 
 
 WITHOUT_TRITON = """
@@ -192,8 +200,9 @@ def test_kernels_import_without_triton_and_without_a_gpu():
 
 
 def test_who_runs_triton(monkeypatch, capsys):
-    """GPUs from sm_80 on; older ones and those without Triton say once that they do not; KERNELS forces either."""
-    gpu, capability = SimpleNamespace(is_cuda=True, device="cuda:0"), [(7, 5)]
+    """GPUs from sm_80 on; older ones, float64 and no Triton mean PyTorch, which is said once; KERNELS forces either."""
+    gpu, capability = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.float32), [(7, 5)]
+    wide = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=torch.float64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
     monkeypatch.delenv("KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -203,10 +212,15 @@ def test_who_runs_triton(monkeypatch, capsys):
     assert capsys.readouterr().out == "kernels: PyTorch, since this GPU is sm_75 and Triton's need sm_80\n"
     for capability[0] in ((8, 0), (8, 6), (9, 0), (10, 0)):
         assert runs_triton(gpu)
+    assert [runs_triton(wide), runs_triton(wide), runs_triton(torch.zeros(1).double())] == [False] * 3
+    said = "kernels: PyTorch, since Triton's take bfloat16, float16 and float32, not float64\n"
+    assert capsys.readouterr().out == said
     monkeypatch.setenv("KERNELS", "reference")
     assert not runs_triton(gpu)
     monkeypatch.setenv("KERNELS", "triton")
     assert runs_triton(gpu)
+    with pytest.raises(ValueError, match="KERNELS=triton, but .* not float64"):
+        runs_triton(wide)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         runs_triton(torch.zeros(1))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -218,6 +232,19 @@ def test_who_runs_triton(monkeypatch, capsys):
     monkeypatch.setattr(launch, "triton", None)
     assert not runs_triton(gpu) and not runs_triton(gpu)
     assert capsys.readouterr().out == "kernels: PyTorch, since the package triton is not installed\n"
+
+
+PINS = {"2.11.0": "3.6.0", "2.12.0": "3.7.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1"}  # torch's CUDA builds -> Triton
+
+
+def test_requirements_allow_the_triton_that_a_cuda_build_of_torch_requires():
+    lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+    allowed = {x.name: x.specifier for x in map(Requirement, lines)}
+    assert [x.version for x in allowed["torch"] if x.operator == "<="] == [list(PINS)[-1]]  # each build's is known
+    assert all(version in allowed["torch"] for version in PINS)
+    installed = [x.specifier for x in map(Requirement, metadata.requires("torch")) if x.name == "triton"]
+    for version in (*PINS.values(), *(x.version for pin in installed for x in pin)):
+        assert version in allowed["triton"], version
 
 
 def test_overlaps_itself_finds_entries_that_share_memory():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from kernels import attention as attention_file
-from kernels.attention import PIECES, TILES, Visible, attention, tiles_of
-from kernels.launch import Tiles
+from kernels.attention import TILES, Visible, attention, tiles_of
+from kernels.launch import PIECES, Tiles
 from tests.interpreter import Fence, run_interpreted
 from tests.test_kernels import plain_gradients
 
@@ -86,6 +86,9 @@ CASES = {  # shape, key/value heads, type, documents, window, tiles
     "96": ((1, 50, 2, 96), 2, F32, [33, 17], None, three(32, 16)),
     "128": ((1, 40, 2, 128), 1, F32, [40], None, three(16, 32)),
     "256": ((1, 40, 1, 256), 1, F32, [13, 27], None, three(16, 16)),
+    "12": ((2, 37, 3, 12), 1, F32, [9, 28], None, three(16, 16)),
+    "72": ((1, 40, 2, 72), 1, F32, [33, 7], 20, three(16, 16)),
+    "bfloat16, 33": ((1, 50, 2, 33), 2, BF16, [9, 41], None, three(16, 32)),
     "bfloat16": ((2, 67, 4, 64), 2, BF16, [40, 27], None, three(32, 32)),
     "bfloat16, 96": ((1, 67, 2, 96), 1, BF16, [67], 30, three(32, 16)),
     "bfloat16, 80": ((1, 50, 2, 80), 2, BF16, [9, 41], None, three(16, 32)),
@@ -230,7 +233,8 @@ def strided(shape, stride):
 
 
 def refuse_by_kernels():
-    refused("head dims 32, 64, 80, 96, 128, 256, not 48", torch.zeros(1, 4, 2, 48))
+    refused(r"heads of 264: kernels take at most 256 \(without padding 32, 64, 80", torch.zeros(1, 4, 2, 264))
+    refused("not float64", torch.zeros(1, 4, 2, 32, dtype=torch.float64))
     refused(r"row of q spans 2,147,483,648 numbers", strided((1, 16, 2, 32), (0, 1 << 27, 32, 1)))
     refused(r"row of q spans 4,294,967,296 numbers", strided((1, 1 << 20, 32, 128), (0, 128, 1 << 27, 1)))
     k = strided((1, 16, 1, 32), (0, 1 << 28, 32, 1))

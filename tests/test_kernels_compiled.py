@@ -20,7 +20,7 @@ from dataclasses import asdict
 import pytest
 
 from kernels import attention, decode, linear_logprobs, sampler, target_logits
-from kernels.launch import triton
+from kernels.launch import PIECES, padded_head, triton
 from tests.compiled import ROOT, Specimen, compile_all
 
 TABLE = ROOT / "tests/results/compiled.json"
@@ -38,10 +38,16 @@ TENSOR_CORES = {  # kernels whose 16-bit products must run there -> instruction 
 }
 
 
-def heads(pieces):
-    """(name of the type, bytes of a number, head dim) of what is compiled: all head dims in bf16."""
+def heads():
+    """(name of the type, bytes of a number, head dim) of what is compiled: all head dims in bf16, and a padded one."""
     for name, itemsize in TYPES.items():
-        yield from ((name, itemsize, head_dim) for head_dim in pieces if name == "bf16" or head_dim in (64, 128))
+        head_dims = (12, *PIECES) if name == "bf16" else (12, 64, 128) if name == "fp32" else (64, 128)
+        yield from ((name, itemsize, head_dim) for head_dim in head_dims)
+
+
+def head_constants(head_dim):
+    d0, d1 = PIECES[padded_head(head_dim)]
+    return {"HEAD_DIM": head_dim, "D0": d0, "D1": d1}
 
 
 def attention_specimens(arch):
@@ -49,16 +55,16 @@ def attention_specimens(arch):
     tensors = ("q_ptr", "k_ptr", "v_ptr", "out_ptr", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
     numbers = dict.fromkeys(strides, "i32") | {"scale": "fp32", "seq_len": "i32"}
     numbers |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "earliest_ptr": "*i32", "after_ptr": "*i32"}
-    for name, itemsize, head_dim in heads(attention.PIECES):
+    for name, itemsize, head_dim in heads():
         types = numbers | dict.fromkeys(tensors, f"*{name}")
-        d0, d1 = attention.PIECES[head_dim]
+        of_head, divisible = head_constants(head_dim), (*strides,) if head_dim % 16 == 0 else ()
         kernels = ("flash_forward", "flash_backward_kv", "flash_backward_q")
         for kernel, tiles in zip(kernels, attention.tiles_of(head_dim, itemsize, arch), strict=True):
-            constants = {"GROUP": 4, "D0": d0, "D1": d1, "BM": tiles.rows, "BN": tiles.columns}
-            shape = arch, tiles.num_warps, tiles.num_stages, (*strides,)
+            constants = {"GROUP": 4, **of_head, "BM": tiles.rows, "BN": tiles.columns}
+            shape = arch, tiles.num_warps, tiles.num_stages, divisible
             yield f"{kernel} {head_dim} {name}", Specimen("kernels.attention", kernel, types, constants, *shape)
-        constants = {"D0": d0, "D1": d1, "BM": attention.DELTA_ROWS}
-        shape = arch, 4, 3, (*strides,)
+        constants = {**of_head, "BM": attention.DELTA_ROWS}
+        shape = arch, 4, 3, divisible
         yield f"flash_delta {head_dim} {name}", Specimen("kernels.attention", "flash_delta", types, constants, *shape)
 
 
@@ -67,18 +73,18 @@ def decode_specimens(arch):
     strides = ("qkv_stride", "q_stride", "q_head_stride", "kind_stride", "slot_stride", "head_stride", "token_stride")
     numbers = ("max_len", "window", "num_heads", "num_kv_heads", "group", "num_splits")
     types = pointers | {"scale": "fp32"} | dict.fromkeys((*strides, *numbers), "i32")
-    for name, itemsize, head_dim in heads(decode.PIECES):
-        tiles, (d0, d1) = decode.TILES[arch, head_dim, 8 * itemsize], decode.PIECES[head_dim]
+    for name, itemsize, head_dim in heads():
+        tiles, of_head = decode.TILES[arch, padded_head(head_dim), 8 * itemsize], head_constants(head_dim)
         tensors = dict.fromkeys(("qkv_ptr", "q_ptr", "cache_ptr", "cos_ptr", "sin_ptr", "out_ptr"), f"*{name}")
         width = {"HEAD_DIM": head_dim, "PADDED": 1 << (head_dim - 1).bit_length()}
-        split = {"ROWS": decode.QUERY_ROWS, "SPLIT": tiles.rows, "BN": tiles.columns, "D0": d0, "D1": d1}
+        split = {"ROWS": decode.QUERY_ROWS, "SPLIT": tiles.rows, "BN": tiles.columns, **of_head}
         rotary = {"HALF": head_dim // 4, "INTERLEAVED": head_dim == 256, "HEADS": decode.APPEND_HEADS}
         for kernel, constants, num_warps, num_stages in (
             ("split_kernel", split, tiles.num_warps, tiles.num_stages),
             ("merge_kernel", {"SPLIT": tiles.rows} | width, 1, 3),
             ("append_kernel", rotary | width, 4, 3),
         ):
-            shape = arch, num_warps, num_stages, strides
+            shape = arch, num_warps, num_stages, strides if head_dim % 16 == 0 else ()
             yield f"{kernel} {head_dim} {name}", Specimen("kernels.decode", kernel, types | tensors, constants, *shape)
 
 

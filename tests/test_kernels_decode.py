@@ -11,7 +11,7 @@ import torch
 
 from kernels import decode, sampler
 from kernels.decode import Step, append, decode_attention
-from kernels.launch import Tiles, triton
+from kernels.launch import PIECES, Tiles, triton
 from parallel import generation
 from parallel.generation import Sampling, generate, sample_tokens
 from parallel.mesh import init_mesh
@@ -78,7 +78,7 @@ def assert_accurate(dtype, errors):
 
 
 @needs_triton
-@pytest.mark.parametrize("head_dim", list(decode.PIECES))
+@pytest.mark.parametrize("head_dim", [*PIECES, 12, 72])
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
 def test_decode_attention_matches_float64_for_every_head_dim(head_dim, dtype):
     assert_accurate(dtype, run_interpreted(attend, [37, 5], 4, 2, head_dim, dtype))
@@ -177,7 +177,7 @@ def append_some(num_heads, num_kv_heads, head_dim, dtype, rotary_dim, interleave
 
 @needs_triton
 @pytest.mark.parametrize(
-    "head_dim, rotary_dim", [(32, 32), (64, 16), (80, 32), (96, 24), (128, 128), (256, 64), (64, 0)]
+    "head_dim, rotary_dim", [(12, 6), (32, 32), (64, 16), (80, 32), (96, 24), (128, 128), (256, 64), (64, 0)]
 )
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 def test_append_matches_float64(head_dim, rotary_dim, interleaved):
@@ -192,8 +192,8 @@ def refuse(name):
     """Calls with one thing wrong. What spans too much, or lies elsewhere, has no memory."""
     lens, max_len, window = torch.tensor([3, 4]), 8, None
     q, cache, qkv, tables = torch.randn(2, 4, 64), torch.randn(2, 2, 2, 8, 64), torch.randn(2, 8 * 64), None
-    if name == "head dims 32, 64":
-        q, cache = q[..., :48].contiguous(), cache[..., :48].contiguous()
+    if name == "heads of 264":
+        q, cache = torch.randn(2, 4, 264), torch.randn(2, 2, 2, 8, 264)
     elif name == "int16":
         q, cache = q.to(torch.int16), cache.to(torch.int16)
     elif name == "does not fit":
@@ -235,13 +235,14 @@ def refuse(name):
 
 @needs_triton
 def test_decode_rejects_what_kernels_do_not_take():
-    wrong = ("head dims 32, 64", "int16", "does not fit", "the cache is", "window of 0", "one dtype", "lengths are")
+    wrong = ("heads of 264", "does not fit", "the cache is", "window of 0", "one dtype", "lengths are")
     wrong += ("neighbours", "2,147,483,648 numbers", "a query spans 4,294,967,296")
     for name in (*wrong, *WRONG_FOR_BOTH):
         run_interpreted(refuse, name)
 
 
 WRONG_FOR_BOTH = ("same memory", "the same memory", "share their memory", "qkv is", "tables are", "on meta, not")
+WRONG_FOR_BOTH += ("int16",)
 
 
 @pytest.mark.parametrize("name", WRONG_FOR_BOTH)
@@ -387,8 +388,8 @@ def generate_by_both(options):
     """Responses and log-probabilities of a tiny model, from kernels, token by token and running ahead, and from the
     reference."""
     config = DecoderConfig(
-        num_layers=2, hidden_size=24, num_heads=2, num_kv_heads=1, head_dim=32, ffn_size=40, vocab_size=100,
-        max_seq_len=64, norm="rmsnorm", norm_eps=1e-5, activation="silu", gated=True, init_std=0.5, **options,
+        num_layers=2, hidden_size=24, num_heads=2, num_kv_heads=1, ffn_size=40, vocab_size=100, max_seq_len=64,
+        norm="rmsnorm", norm_eps=1e-5, activation="silu", gated=True, init_std=0.5, **{"head_dim": 32} | options,
     )  # fmt: skip
     decoder = Decoder(config, init_mesh(), seed=3)
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -411,9 +412,9 @@ def generate_by_both(options):
     [
         {"rotary_dim": 16, "windows": (None, 4)},
         {"rotary_dim": 32, "rotary_interleaved": True, "qk_norm": True, "windows": (3, 3)},
-        {"learned_positions": True},
+        {"learned_positions": True, "head_dim": 12},
     ],
-    ids=["windows", "interleaved", "learned positions"],
+    ids=["windows", "interleaved", "learned positions, padded heads"],
 )
 def test_generation_by_kernels_gives_the_reference_tokens(options):
     *by_kernels, (expected_ids, expected_logprobs) = run_interpreted(generate_by_both, options)
