@@ -649,8 +649,9 @@ def main(args: Args) -> None:
         roles["ref_policy"] = shared or load_decoder(folder, mesh.folded, dtype).requires_grad_(False)
     if args.advantage == "gae":
         roles |= make_value_function(args.value_model, policy, tokenizer, mesh, dtype)
-        if "value_model" in roles:
-            set_trained(roles["value_model"], replace(args.tuning, lora=replace(args.lora, adapters="")), args.seed)
+        if "value_model" in roles:  # with adapters as the policy's; a copy begins with the same, others with new ones
+            lora = policy.tuning.lora if args.value_model == "copy" else replace(policy.tuning.lora, adapters="")
+            set_trained(roles["value_model"], replace(policy.tuning, lora=lora), args.seed)
     model = data_parallel(roles, mesh, args.layout)
     value_lr = args.value_lr or args.optim.lr
     lr = {"policy": args.optim.lr, "value_model": value_lr, "value_head": value_lr}

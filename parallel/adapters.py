@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from parallel.checkpoint import ADAPTERS, WeightFiles, find_folder
 from parallel.files import read_json
-from parallel.model import Decoder
+from parallel.model import Decoder, DecoderConfig
 from parallel.tensor import Adapter, fill_local, placements
 
 INPUTS = ("embedding", "position_embedding")
@@ -40,7 +40,8 @@ class Lora:
     targets: tuple[Literal["qkv", "attn_out", "ffn_in", "ffn_out", "lm_head"], ...] = OF_LAYERS
     """the matrices of every layer that have one, and whether the LM head has; queries, keys and values share their A"""
     adapters: str = ""
-    """begin with the adapters of this folder (a model/ that was trained with them) on --model, their base"""
+    """begin with the adapters of this folder (a model/ that was trained with them), with their rank, alpha and targets,
+    on --model, their base"""
 
     def __post_init__(self):
         if self.rank < 0:
@@ -79,9 +80,14 @@ class Tuning:
         lora = replace(self.lora, rank=stored["rank"], alpha=float(stored["alpha"]), targets=tuple(stored["targets"]))
         return replace(self, lora=lora)
 
-    def check(self, names: Iterable[str], num_layers: int, hidden_size: int, is_tied: bool) -> None:
-        """Returns if the flags fit a decoder with these parameters. Raises: ValueError naming the flag."""
-        names = list(names)
+    def check(self, names: Iterable[str], config: DecoderConfig, lm_head: bool) -> None:
+        """Returns if the flags fit a decoder with these parameters.
+
+        Args: names: of the whole model, an LM head of its own included, which flags may name. lm_head: whether the
+            decoder has it: value and reward models do not.
+        Raises: ValueError naming the flag.
+        """
+        names, num_layers, hidden_size = list(names), config.num_layers, config.hidden_size
         if not 0 <= self.unfrozen_layers < num_layers:
             raise ValueError(
                 f"--unfrozen-layers {self.unfrozen_layers} of {num_layers} layers: give 1 to {num_layers - 1}, "
@@ -97,13 +103,14 @@ class Tuning:
                 )
         if self.lora.rank > hidden_size:
             raise ValueError(f"--lora.rank {self.lora.rank} is more than the model's width {hidden_size}")
-        if self.lora.rank and "lm_head" in self.lora.targets and is_tied:
+        if self.lora.rank and "lm_head" in self.lora.targets and lm_head and config.tied_embeddings:
             raise ValueError(
                 "--lora.targets lm_head: the LM head of this model is its embedding, which has no adapter: leave it out"
             )
-        trained = [name for name in names if self.trains(name, num_layers) or self.adapts(name, num_layers)]
-        if not trained:
-            raise ValueError("--freeze, --unfrozen-layers and --lora.targets leave nothing to train")
+        held = [name for name in names if lm_head or not name.startswith("lm_head.")]
+        if not any(self.trains(name, num_layers) or self.adapts(name, num_layers) for name in held):
+            of_what = "" if lm_head else ": a value or reward model has no LM head"
+            raise ValueError(f"--freeze, --unfrozen-layers and --lora.targets leave nothing to train{of_what}")
 
     def is_frozen(self, name: str, num_layers: int) -> bool:
         """Whether flags alone freeze a parameter: without regard to adapters."""
@@ -134,13 +141,13 @@ def matches(name: str, part: str) -> bool:
 
 
 def all_names(decoder: Decoder) -> list[str]:
-    """Names of the parameters of the whole model, from those of this stage."""
+    """Names of the parameters of the whole model, from those of this stage; an LM head of its own included."""
     config, layers = decoder.config, decoder.layers.items()
     of_layer = next([name for name, _ in layer.named_parameters()] for _, layer in layers)
     names = [f"{name}.weight" for name in INPUTS[: 1 + config.learned_positions]]
     names += [f"layers.{i}.{name}" for i in range(config.num_layers) for name in of_layer]
     names += ["final_norm.weight"] + ["final_norm.bias"] * (config.norm == "layernorm")
-    if decoder.has_lm_head and not config.tied_embeddings:
+    if not config.tied_embeddings:
         names += ["lm_head.weight"] + ["lm_head.bias"] * config.head_bias
     return names
 
@@ -153,7 +160,7 @@ def set_trained(decoder: Decoder, tuning: Tuning, seed: int = 0) -> Decoder:
     """
     tuning = tuning.resolved()
     num_layers = decoder.config.num_layers
-    tuning.check(all_names(decoder), num_layers, decoder.config.hidden_size, decoder.ties_lm_head)
+    tuning.check(all_names(decoder), decoder.config, decoder.has_lm_head)
     decoder.tuning = tuning
     if tuning.lora.rank:
         decoder.base = fingerprint(decoder.source) if decoder.source else ""
@@ -262,6 +269,13 @@ def load_adapters(decoder: Decoder, folder: str) -> None:
         )
     path = Path(folder).expanduser() / f"{ADAPTERS}.safetensors"
     tensors = load_file(path)
+    adapted = [x for x in all_names(decoder) if decoder.tuning.adapts(x, decoder.config.num_layers)]
+    unused = tensors.keys() - {f"{x.removesuffix('weight')}adapter.{ab}" for x in adapted for ab in "ab"}
+    if unused:
+        raise ValueError(
+            f"{path} holds {min(unused)}, of a weight that --freeze or --unfrozen-layers leaves without an adapter: "
+            f"leave those flags out, or give {folder} as --model, where its adapters are merged"
+        )
     for name, parameter in decoder.named_parameters():
         if ".adapter." in name:
             placement = decoder.placements[name]

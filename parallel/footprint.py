@@ -62,16 +62,15 @@ class Role:
 
     def __post_init__(self):
         if self.config and self.is_tuned:
-            kinds, num_layers = sections(self.config, 1, False, self.lm_head), self.config.num_layers
+            kinds = sections(self.config, 1, False, True)
             names = [name for kind in ("input", "output") for name, _ in kinds[kind]]
-            names += [f"layers.{i}.{name}" for i in range(num_layers) for name, _ in kinds["layer"]]
-            is_tied = self.lm_head and self.config.tied_embeddings
-            self.tuning.check(names, num_layers, self.config.hidden_size, is_tied)
+            names += [f"layers.{i}.{name}" for i in range(self.config.num_layers) for name, _ in kinds["layer"]]
+            self.tuning.check(names, self.config, self.lm_head)
 
     @property
     def start(self) -> int:
-        """The first layer that anything trains in, or below in the embeddings; a shared reference begins there."""
-        return first_trained_layer(self.config, self.tuning)
+        """As `adapters.first_trained_layer`: without stages a shared reference begins there."""
+        return min(first_trained_layer(self.config, self.tuning), self.config.num_layers - 1)
 
     @property
     def is_tuned(self) -> bool:
@@ -80,13 +79,12 @@ class Role:
 
 @functools.lru_cache(maxsize=256)
 def first_trained_layer(config: DecoderConfig, tuning: Tuning) -> int:
-    """As `adapters.first_trained_layer`, from flags."""
+    """The number of layers that nothing which trains lies in or below."""
     num_layers = config.num_layers
     inputs = [f"{name}.weight" for name in INPUTS[: 1 + config.learned_positions]]
     if any(tuning.trains(name, num_layers) for name in inputs):
         return 0
-    trained = (i for i in range(num_layers) if any(layer_tuning(config, tuning, i)))
-    return min(next(trained, num_layers - 1), num_layers - 1)
+    return next((i for i in range(num_layers) if any(layer_tuning(config, tuning, i))), num_layers)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -312,10 +310,14 @@ class Stage:
     def layer_ids(self, role: Role) -> list[range]:
         """Numbers of the layers of each chunk of this stage; of frozen decoders only one that shares has stages."""
         if self.pp == 1 or not (role.trainable or role.shared):
-            return [range(role.start if role.shared else 0, role.config.num_layers)]
+            return [range(self.fork(role), role.config.num_layers)]
         counts = layers_by_part(role.config, self.layout, role.lm_head)
         ends = [0, *itertools.accumulate(counts)]
         return [range(ends[i], ends[i + 1]) for i in range(self.stage, len(counts), self.pp)]
+
+    def fork(self, role: Role) -> int:
+        """The layer from which on a shared reference has layers of its own; with stages it has all."""
+        return role.start if role.shared and self.pp == 1 else 0
 
     def is_start(self, chunk: int) -> bool:
         """Whether this is the first part of the model."""
@@ -348,7 +350,7 @@ class Stage:
             axis, has_input, has_output = "folded", True, True
             zero = 3 if self.pp > 1 or is_offloaded else zero
         if role.shared:
-            has_input = role.start == 0
+            has_input = self.fork(role) == 0
 
         def split(section: str, named, axis: str, zero: int, prefix: str = "") -> list[PlannedUnit]:
             """A unit of what trains and one of what does not; of a shared reference only what trains in the policy."""
@@ -431,11 +433,18 @@ class Stage:
         if recompute == "full":
             return state
         reads = {name: f"{name}.weight" in trained or name in adapted for name in (*COLUMNS, *ROWS)}
-        is_lowest = i is not None and role.is_tuned and self.reads_constants(role, i)
-        after_attention = "attn_out" in has_backward and not config.parallel_residual
-        through = [not is_lowest or "attn_norm.weight" in trained]  # whether a gradient goes through the norms
-        if not config.shared_norm:
-            through.append(not is_lowest or after_attention or "ffn_norm.weight" in trained)
+        norms = (
+            "attn_norm",
+            "attn_norm" if config.shared_norm else "ffn_norm",
+        )  # before the columns, each computed anew
+        if recompute == "selective":  # keeps what the norms read wherever the columns have a backward
+            through = [name in has_backward for name in COLUMNS]
+        else:  # where a gradient goes through the norms
+            is_lowest = i is not None and role.is_tuned and self.reads_constants(role, i)
+            after_attention = "attn_out" in has_backward and not config.parallel_residual
+            learning = {name.partition(".")[0] for name in trained}
+            reaches = [not is_lowest, not is_lowest or after_attention]
+            through = [reached or norm in learning for reached, norm in zip(reaches, norms, strict=True)]
         saved = state * (any(through) if config.parallel_residual else sum(through))
         num_normed = local.num_heads + local.num_kv_heads
         heads = e * tokens * (num_normed + local.num_kv_heads) * config.head_dim
@@ -450,15 +459,16 @@ class Stage:
             saved += attended
         if tokens > self.places and reads["attn_out"]:  # attention's result once more, padded
             saved += e * tokens * local.num_heads * config.head_dim
-        expanded = e * tokens * local.ffn_size * (1 + config.gated) * ("ffn_in" in has_backward)
+        expanded = e * tokens * local.ffn_size * (1 + config.gated)
         if recompute == "selective":
-            return saved + expanded
-        if config.activation == "relu" and not config.gated:
-            expanded = 0  # its backward reads the output
-        saved += expanded + e * tokens * local.ffn_size * reads["ffn_out"]
+            return saved + expanded * ("ffn_out" in has_backward)
+        inner = e * tokens * local.ffn_size
+        if config.activation == "relu" and not config.gated:  # its backward reads the output
+            saved += inner * ("ffn_in" in has_backward or reads["ffn_out"])
+        else:
+            saved += expanded * ("ffn_in" in has_backward) + inner * reads["ffn_out"]
         normed = [name in has_backward and (reads[name] or self.tp > 1) for name in COLUMNS]  # tp keeps it either way
-        saved += state * (any(normed) if config.shared_norm else sum(normed))
-        return saved + sum(through) * self.statistics(role)
+        return saved + state * sum(normed) + sum(through) * self.statistics(role)
 
     def products_with_backward(self, role: Role, i: int) -> set[str]:
         """Those of a layer's matrices whose products a gradient comes back to."""
@@ -478,13 +488,20 @@ class Stage:
         return found
 
     def reads_constants(self, role: Role, i: int) -> bool:
-        """Whether layer i reads what needs no gradient: nothing below it trains, on this stage or another."""
-        if self.stage > 0 and i == self.layer_ids(role)[0].start:
-            return False  # what another stage has sent
+        """Whether layer i, or the final norm behind all of them, reads what needs no gradient: nothing below it trains,
+        and nothing that another stage has sent, whose gradient is always asked for."""
+        if self.pp > 1 and not (self.is_first and i <= self.layer_ids(role)[0].stop):
+            return False
         trains_input = self.trains(role, "embedding.weight") or (
             role.config.learned_positions and self.trains(role, "position_embedding.weight")
         )
-        return not trains_input and i <= role.start
+        return not trains_input and i <= first_trained_layer(role.config, role.tuning)
+
+    def gives_constants(self, role: Role) -> bool:
+        """Whether the states behind the final norm need no gradient: at most an LM head trains."""
+        names = (f"final_norm.{kind}" for kind in ("weight", "bias")[: 1 + (role.config.norm == "layernorm")])
+        reads_constants = role.is_tuned and self.reads_constants(role, role.config.num_layers)
+        return reads_constants and not any(self.trains(role, name) for name in names)
 
     def statistics(self, role: Role) -> int:
         """Bytes that a norm keeps beside its input."""
@@ -506,10 +523,14 @@ class Stage:
         """Bytes that a decoder's layers share: cosines and sines, the mask of recomputations, token ids."""
         saved = role.itemsize * self.tokens * 2 * -(-role.config.rotary_dim // 2)
         saved += 8 * self.places * len(set(role.config.windows) or {None})  # which keys are visible
-        return saved + self.tokens * (8 + (self.tp > 1) + 8 * role.config.learned_positions) * self.is_start(chunk)
+        ids = (8 + (self.tp > 1)) * self.trains(role, "embedding.weight")
+        ids += 8 * (role.config.learned_positions and self.trains(role, "position_embedding.weight"))
+        return saved + self.tokens * ids * self.is_start(chunk)
 
     def last_state(self, role: Role) -> int:
         """Bytes that the final norm keeps: its input."""
+        if self.gives_constants(role):
+            return 0
         return role.itemsize * self.tokens_local * role.config.hidden_size + self.statistics(role)
 
     def saved_by_heads(self) -> int:
@@ -810,7 +831,9 @@ class Stage:
                 self.count(found, "tp", "all_reduce", states, m * (sums + self.is_first))
         if self.is_last:
             for _, width, e, unit, _ in self.vocabulary_products():
-                for nbytes in (unit.wide * self.scored, 3 * unit.wide * self.scored, e * self.scored * width):
+                reads_constants = unit.section != "head" and self.gives_constants(self.job.policy)
+                states = 0 if reads_constants else e * self.scored * width
+                for nbytes in (unit.wide * self.scored, 3 * unit.wide * self.scored, states):
                     self.count(found, "tp", "all_reduce", nbytes, m)
         for name in self.trained:
             for unit in self.units[name]:
@@ -917,7 +940,7 @@ class Stage:
             states, layers = role.itemsize * self.tokens * role.config.hidden_size, self.layers(role)
             chunks, n = len(layers), sum(layers)
             is_first, is_last = (self.is_first, self.is_last) if role.trainable or role.shared else (True, True)
-            is_first = is_first and (role.start == 0 or not role.shared)
+            is_first = is_first and self.fork(role) == 0
             if self.shards_tokens:
                 self.count(found, "tp", "all_gather", states, passes * (2 * n + is_last))
                 self.count(found, "tp", "reduce_scatter", states, passes * (2 * n + is_first))
@@ -964,26 +987,29 @@ class GatheredDecoder:
         self.chunks = stage.layer_ids(role)
         is_whole = stage.pp == 1 or not (role.trainable or role.shared)
         self.is_start, self.is_end = ((lambda _: True,) * 2) if is_whole else (stage.is_start, stage.is_end)
+        self.start = 0  # the first layer here, if not that of a stage
         self.fork: int | None = None  # where a forward pauses for a decoder that goes on from there on its own
         self.units = [GatheredUnit(unit) for unit in stage.units[name]]
         of_layers = iter([unit for unit in self.units if unit.planned.section == "layer"])
         ids = [i for chunk in self.chunks for i in chunk]
         layers = [list(itertools.islice(of_layers, stage.units_per_layer(role, i))) for i in ids]
         self.inputs, outputs = ([u for u in self.units if u.planned.section == x] for x in ("input", "output"))
-        if role.lm_head and role.config.tied_embeddings and is_whole:
-            outputs = outputs + self.inputs
+        holds_embedding = not role.shared or role.tuning.trains("embedding.weight", role.config.num_layers)
+        if role.lm_head and role.config.tied_embeddings and is_whole and holds_embedding:
+            outputs = outputs + self.inputs[:1]  # learned positions may lie in a second one
         self.sections = [self.inputs, *layers, outputs]
         if trunk is not None:
             first = trunk.sections.index(trunk.sections[-1]) - len(layers)  # its section of the first layer here
-            theirs = [trunk.sections[0] if role.start == 0 else [], *trunk.sections[first:]]
+            self.start = stage.fork(role)
+            theirs = [trunk.sections[0] if self.start == 0 else [], *trunk.sections[first:]]
             frozen = [[unit for unit in section if not unit.planned.trainable] for section in theirs]
             self.sections = [mine + shared for mine, shared in zip(self.sections, frozen, strict=True)]
-            trunk.fork = role.start or None
+            trunk.fork = self.start or None
 
     def forward(self, chunk: int, needs_backward: bool) -> list[State]:
         """As `Decoder.forward`; returns the states in the order in which a backward comes to them."""
         section, states = sum(map(len, self.chunks[:chunk])), []
-        if self.is_start(chunk) and (self.role.start == 0 or not self.role.shared):
+        if self.is_start(chunk) and self.start == 0:
             self.shards.enter(0, None)
         for i in (*self.chunks[chunk], *[self.role.config.num_layers] * self.is_end(chunk)):
             section += 1
@@ -992,6 +1018,9 @@ class GatheredDecoder:
             constant = self.role.is_tuned and self.stage.reads_constants(self.role, i)
             states.append(State(needs_backward and not constant))
             self.shards.enter(section, states[-1])
-        states.append(State(needs_backward))
+        constant = self.role.is_tuned and self.stage.reads_constants(self.role, self.chunks[chunk].stop)
+        if self.is_end(chunk):
+            constant = self.stage.gives_constants(self.role)
+        states.append(State(needs_backward and not constant))
         self.shards.end(section, states[-1])
         return states[::-1]

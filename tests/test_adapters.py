@@ -20,7 +20,7 @@ from parallel.model import Decoder, ScalarHead
 from parallel.reward import save_reward_model
 from parallel.training_state import load_training_state, save_training_state
 from tests.ranks import run_ranks
-from tests.scripts import ROOT, TINY_GPT2, make_tiny_model, read_rows, run_on_ranks
+from tests.scripts import ROOT, TINY_GPT2, call_main, make_tiny_model, read_rows, run_on_ranks
 from tests.test_layouts import CASES, MAKE, SCRIPTS, check_step, draw, half_step, sequences, show, step
 
 LORA = Tuning(lora=Lora(rank=3, alpha=6.0, targets=(*OF_LAYERS, "lm_head")))
@@ -281,6 +281,9 @@ def test_adapters_of_another_base_are_refused(tmp_path):
     going_on = Tuning(lora=Lora(adapters=str(tmp_path / "one")))
     with pytest.raises(ValueError, match=r"adapters of .*one are of .*base.*other.*has other weights.*--model"):
         adapted(tmp_path / "other", Layout(), going_on)
+    for less in (dict(unfrozen_layers=1), dict(freeze=("layers.0.qkv",))):
+        with pytest.raises(ValueError, match=r"adapters.safetensors holds layers.0.*leave those flags out"):
+            adapted(tmp_path / "base", Layout(), replace(going_on, **less))
     with pytest.raises(FileNotFoundError, match="holds no adapters.json"):
         adapted(tmp_path / "base", Layout(), Tuning(lora=Lora(adapters=str(tmp_path / "base"))))
     with pytest.raises(ValueError, match="--lora.rank 5.*have rank 3"):
@@ -443,6 +446,44 @@ def test_other_scripts_train_adapters(script, tiny, tmp_path):
     one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
     assert all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
     assert {"adapters.json", "adapters.safetensors"} <= {x.name for x in (tmp_path / "one/model").iterdir()}
+
+
+def test_value_model_of_adapted_policy_begins_as_that(tiny, tmp_path, monkeypatch):
+    """A copy has its adapters; another folder new ones, of the same rank."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(roles, *_):
+        found.append(roles)
+        raise Enough
+
+    found = []
+    flags = ["--model", str(tiny), *map(str, SHORT)]
+    run_on_ranks("ppo.py", *flags, "--lora.rank", 2, "--max-iterations", 1, "--output-dir", "run", cwd=tmp_path)
+    monkeypatch.setattr(ppo, "data_parallel", stop)
+    for value_model in ("copy", str(tiny)):
+        more = ["--lora.adapters", "run/model", "--value-model", value_model, "--output-dir", "out"]
+        with pytest.raises(Enough):
+            call_main("ppo", flags + more, tmp_path)
+        policy, value = found[-1]["policy"], dict(found[-1]["value_model"].named_parameters())
+        for name, parameter in policy.named_parameters():
+            assert value[name].requires_grad == parameter.requires_grad == (".adapter." in name)
+            if value_model != "copy" and ".adapter." in name:
+                assert name.endswith("a") or not value[name].any(), name
+            else:
+                assert torch.equal(value[name], parameter), name
+
+
+def test_value_and_reward_models_have_no_lm_head_to_freeze(tmp_path):
+    """What is said of it is for the policy."""
+    make_model("llama", tmp_path / "model")
+    load = functools.partial(load_decoder, str(tmp_path / "model"), init_mesh(), torch.float32, lm_head=False)
+    for tuning in (Tuning(freeze=("lm_head",)), Tuning(lora=Lora(rank=2, targets=("qkv", "lm_head")))):
+        set_trained(load(), tuning)
+        assert ppo.Args(model=str(tmp_path / "model"), value_model="copy", **vars(tuning)).job()
+        with pytest.raises(ValueError, match="nothing to train: a value or reward model has no LM head"):
+            set_trained(load(), replace(tuning, freeze=("embedding", "layers", "final_norm")))
 
 
 def test_adapted_run_resumes_bit_for_bit(tiny, tmp_path):

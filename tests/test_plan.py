@@ -8,8 +8,9 @@ import re
 import shlex
 import sys
 import time
+import weakref
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -240,6 +241,9 @@ TUNINGS = {
     "parts": Tuning(freeze=("embedding", "layers.0-1", "layers.*.attn_out", "*_norm.*")),
     "lora above": Tuning(unfrozen_layers=2, lora=Lora(rank=4)),
     "lora of a head": Tuning(lora=Lora(rank=4, targets=("attn_out", "lm_head"))),
+    "lora of a head alone": Tuning(lora=Lora(rank=4, targets=("lm_head",))),
+    "lora of the last stage": Tuning(freeze=("layers.0-3",), lora=Lora(rank=4)),
+    "learned positions": Tuning(freeze=("embedding", "layers.0-2", "final_norm")),
 }
 TUNED = [(1, Layout()), (2, Layout(zero=3)), (4, Layout(tp=2, zero=1)), (4, Layout(tp=4, sequence_parallel=False))]
 TUNED += [(4, Layout(tp=2, zero=3, recompute="full")), (2, Layout(pp=2, rollout="folded"))]
@@ -261,6 +265,7 @@ def test_plan_knows_what_trains(name):
     """Integers on real ranks: adapters, frozen parts, and references that share."""
     for i, (ranks, layout) in enumerate(TUNED):
         cases = ("gpt_neox", "llama") if "head" in name else ("gpt2", "llama", "qwen3")
+        cases = ("gpt2",) if name == "learned positions" else cases
         tuning, case = TUNINGS[name], cases[i % len(cases)]
         if layout.pp > 1 and tuning.unfrozen_layers:
             continue
@@ -283,31 +288,41 @@ def test_plan_refuses_what_a_run_refuses(tuning, message):
         ppo.Args(model=f"{ROOT}/tests/configs/pythia-1b", **tuning).job()
 
 
-def saved(case, layouts):
+GPTJ = dict(model_type="gptj", vocab_size=131, n_layer=2, n_embd=48, n_head=8, n_positions=64, rotary_dim=4)
+
+
+@dataclass(eq=False)
+class Kept:
+    """A tensor that a backward will read, for as long as it may."""
+
+    x: torch.Tensor
+
+
+def saved(case, layouts, tuning=WHOLE):
     """Bytes that a forward pass keeps: of each layer and in all, as they are and by the plan, for each layout."""
-    base = config_from_hf(CASES[case], "test")[0]
+    base = config_from_hf({**CASES, "gptj": GPTJ}[case], "test")[0]
     results = []
     for layout in layouts:
         totals = []
         for num_layers in (2, 3):
             config, mesh = replace(base, num_layers=num_layers, max_seq_len=256, head_dim=32), init_mesh(layout)
-            policy, kept = Decoder(config, mesh), {}
+            policy, kept = set_trained(Decoder(config, mesh), tuning), weakref.WeakSet()
             policy.recompute = layout.recompute
-            for parameter in policy.parameters():
-                kept[parameter.untyped_storage()._cdata] = 0
 
             def pack(x, kept=kept):
-                kept.setdefault(x.untyped_storage()._cdata, x.untyped_storage().nbytes())
-                return x
+                kept.add(holder := Kept(x))
+                return holder
 
             ids = torch.zeros(2, 151, dtype=torch.long)
             with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x))
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.x))
                 stack.enter_context(gpu_paths())
                 hidden = policy(ids, torch.zeros_like(ids), torch.zeros_like(ids))
-            totals.append(sum(kept.values()))
+            storages = {holder.x.untyped_storage()._cdata: holder.x.untyped_storage() for holder in kept}
+            weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
+            totals.append(sum(storage.nbytes() for key, storage in storages.items() if key not in weights))
             del hidden
-        stage = Stage(make_job(config, seq_len=151), layout, mesh.world_size)
+        stage = Stage(make_job(config, seq_len=151, tuning=tuning), layout, mesh.world_size)
         role = stage.job.policy
         planned = stage.saved_by_chunk(0) + stage.last_state(role)
         if layout.recompute == "full":  # hooks do not see rotary tables and bounds, which all recomputations share
@@ -316,7 +331,7 @@ def saved(case, layouts):
     return results
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "gptj"])
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_saved_activations_are_their_formula(case, tp):
     pytest.importorskip("triton")
@@ -326,6 +341,23 @@ def test_saved_activations_are_their_formula(case, tp):
         layouts, run_ranks(tp, saved, case, layouts)[0], strict=True
     ):
         assert planned_layer == pytest.approx(layer, rel=5e-3), layout
+        assert planned == pytest.approx(total, rel=5e-3), layout
+
+
+@pytest.mark.parametrize(
+    ("case", "tuning"),
+    [
+        ("gptj", Tuning(lora=Lora(rank=4))),
+        ("qwen3", Tuning(lora=Lora(rank=4))),
+        ("llama", Tuning(unfrozen_layers=1)),
+        ("gpt2", Tuning(freeze=("embedding", "position_embedding"), lora=Lora(rank=4, targets=("ffn_out",)))),
+        ("gpt_neox", Tuning(freeze=("embedding", "layers.*.attn_norm", "layers.*.ffn_in", "layers.*.attn_out"))),
+    ],
+)
+def test_saved_activations_of_what_trains_are_their_formula(case, tuning):
+    pytest.importorskip("triton")
+    layouts = [Layout(recompute=recompute) for recompute in ("none", "selective", "full")]
+    for layout, (_, _, total, planned) in zip(layouts, saved(case, layouts, tuning), strict=True):
         assert planned == pytest.approx(total, rel=5e-3), layout
 
 
