@@ -39,8 +39,15 @@ class Weights:
         return self._kept
 
     def drop_ids(self, num_ids: int) -> None:
-        """Ids of the shard from num_ids on weigh nothing any more."""
-        self.kept[:, max(num_ids, 0) :].fill_(0)
+        """Ids of the shard from num_ids on weigh nothing any more, and `largest` is that of the others: of this shard,
+        for the caller to reduce in place before anything else is asked for."""
+        self.logits = self.logits.clone()
+        self.logits[:, max(num_ids, 0) :].fill_(-torch.inf)
+        self.largest, self._kept = self.logits.amax(1), None
+
+    def nats_above(self, largest: Tensor) -> Tensor:
+        """How far another `largest` lies above this one: [n], float64"""
+        return largest.double() - self.largest
 
     def drop_below(self, border: Tensor) -> None:
         """What weighs less than its row's border [n] weighs nothing any more."""
@@ -225,6 +232,12 @@ class KernelWeights:
 
     def drop_ids(self, num_ids: int) -> None:
         self.num_ids = num_ids
+        self.largest = torch.full_like(self.largest, -torch.inf)
+        if num_ids > 0:
+            self.largest = self.logits[:, :num_ids].amax(1)
+
+    def nats_above(self, largest: Tensor) -> Tensor:
+        return (largest.double() - self.largest) / self.temperature
 
     def drop_below(self, border: Tensor) -> None:
         self.least = border

@@ -780,7 +780,7 @@ class Stage:
         working = [self.forward(role, tokens) + came, layer_cache, on_its_way - cache]
         if has_head:
             logits = self.slots * padded_vocab_size(config.vocab_size, self.tp) // self.tp
-            working.append(2 * max(e, 4) * logits)  # and as many probabilities, where the likeliest is taken
+            working.append(3 * max(e, 4) * logits)  # those that may be drawn and their weights, if the likeliest is
         found = {"KV cache": cache, "working memory": max(working)}
         return found | ({"gathered weights": gathered} if gathered else {})
 
@@ -908,7 +908,8 @@ class Stage:
         drawn = share * job.new_tokens
         if self.is_last or self.folds:
             blocks = padded_vocab_size(config.vocab_size, self.tp) // VOCAB_MULTIPLE
-            self.count(found, "tp", "all_reduce", (4 + 16) * drawn)  # the largest logit; id and logit of what was drawn
+            # the largest logit, of all ids and of those that may be drawn; id and logit of what was drawn
+            self.count(found, "tp", "all_reduce", (4 + 4 + 16) * drawn)
             self.count(found, "tp", "all_gather", 8 * blocks * drawn, 2)
         for unit in self.units[name]:
             if unit.zero == 3:

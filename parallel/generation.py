@@ -114,8 +114,8 @@ def sample_tokens(
 
     Args: num_ids: ids from here on are never drawn. axis: over which the vocabulary is divided.
     Shapes: logits [n, padded_vocab / tp] float32, -inf where an id does not exist; noise [n] in [0, 1)
-    Communication: over tp an all-reduce (max) of [n], an all-gather of [n, blocks] and an all-reduce of [2, n]; top-k
-        and top-p need the whole distribution and gather [n, padded_vocab].
+    Communication: over tp an all-reduce (max) of [n], an all-gather of [n, blocks] and an all-reduce of [2, n]; with
+        num_ids the first two once more; top-k and top-p need the whole distribution and gather [n, padded_vocab].
     Returns: token_ids [n]; logprobs [n] over the full vocabulary at the sampling temperature (at 1 if that is 0);
         kept_mass [n], the probability that top-k, top-p and num_ids left
     """
@@ -126,7 +126,10 @@ def sample_tokens(
     total = sums.sum(1)
     kept_mass = torch.ones_like(total)
     if num_ids is not None:
+        largest = shard.largest
         shard.drop_ids(num_ids - start)
+        all_reduce_(shard.largest, axis, "max")
+        total = total * shard.nats_above(largest).exp()  # in the unit that weights have from now on
     if sampling.temperature == 0:
         best, local_ids = shard.kept.max(1)
         over_all = best.clone()
@@ -139,7 +142,8 @@ def sample_tokens(
             whole = shard
             if axis.size > 1:
                 whole = weigh_shard(gather_vocab(logits, axis), sampling.temperature, shard.largest)
-                whole.drop_ids(num_ids if num_ids is not None else axis.size * num_local)
+                if num_ids is not None:
+                    whole.drop_ids(num_ids)
             shard.drop_below(whole.border(sampling.top_k, sampling.top_p * total if sampling.top_p < 1 else None))
         if sampling.truncates or num_ids is not None:
             sums = gather_vocab(shard.sum_blocks(), axis)

@@ -299,4 +299,4 @@ def play_pass(one: Pass, sampler: Decoder, cache: KVCache) -> None:
     if sampler.is_last:
         noise = torch.zeros(len(one.rows), dtype=torch.float64)
         greedy = Sampling(temperature=0.0)  # as evaluations draw: it needs more than sampling
-        sample_tokens(lm_logits(sampler, states), noise, greedy, None, mesh.tp)
+        sample_tokens(lm_logits(sampler, states), noise, greedy, sampler.config.vocab_size, mesh.tp)

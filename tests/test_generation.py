@@ -251,6 +251,15 @@ def test_stop_strings_are_looked_at_after_each_token(decoder, monkeypatch):
     assert run(decoder, make_prompts(20), stop_fn=stop_fn).response_ids() == expected
 
 
+def test_greedy_passes_over_what_may_not_be_drawn():
+    logits = torch.randn(50, 256)
+    logits[:, 200] = 150.0
+    token_ids, logprobs, _ = sample_tokens(logits, torch.zeros(50).double(), Sampling(temperature=0), num_ids=190)
+    assert torch.equal(token_ids, logits[:, :190].argmax(1))
+    exact = logits.double().log_softmax(1).gather(1, token_ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), exact, rtol=1e-6, atol=0)
+
+
 def test_greedy_takes_the_likeliest_token_of_a_full_forward(decoder):
     prompts = make_prompts(12)
     out = run(decoder, prompts, sampling=Sampling(temperature=0, max_new_tokens=10))
