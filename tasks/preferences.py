@@ -448,6 +448,12 @@ def prepare(args) -> tuple[dict[str, list[dict]], list[str]]:
 
     eval_share = 0.0 if eval_pairs else args.eval_share
     part_of = split_topics([x.topic for x in demonstrations + pairs], eval_share, args)
+    held_out = {x.topic for x in eval_demonstrations + eval_pairs}
+    known = len(held_out & part_of.keys())
+    if held_out and known == len(held_out):
+        raise ValueError("all prompts of the evaluation's rows are in the others, too: give rows that are held out")
+    if known:
+        notes.append(f"{known} of the evaluation's {len(held_out)} topics are in training, too")
 
     def divide(items: list, eval_items: list) -> dict[str, list]:
         parts = {name: [x for x in items if part_of[x.topic] == name] for name in ("train", "eval", "judge")}

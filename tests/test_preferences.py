@@ -123,9 +123,17 @@ def test_hh_holds_out_whole_conversations(tmp_path):
     assert len(set.union(*openings)) == sum(map(len, openings)) == 30
     assert prepare(HH(output_dir="", source=(source,), eval_share=0.3, judge_share=0.3))[0] == files
     assert prepare(HH(output_dir="", source=(source,), eval_share=0.3, judge_share=0.3, seed=2))[0] != files
-    own = write(tmp_path / "own.jsonl", rows[:4])
-    files, _ = prepare(HH(output_dir="", source=(source,), eval_source=(own,)))
-    assert len(files["pairs.jsonl"]) == 60 and files["pairs_eval.jsonl"] == rows[:4] and "judge.jsonl" not in files
+    mine = [{**row, "prompt": row["prompt"].replace("Human: ", "Human: Well, ", 1)} for row in rows[:4]]
+    own = write(tmp_path / "own.jsonl", mine)
+    files, notes = prepare(HH(output_dir="", source=(source,), eval_source=(own,)))
+    assert len(files["pairs.jsonl"]) == 60 and files["pairs_eval.jsonl"] == mine and "judge.jsonl" not in files
+    assert not notes
+    own = write(tmp_path / "own.jsonl", mine + rows[-2:])
+    assert prepare(HH(output_dir="", source=(source,), eval_source=(own,)))[1] == [
+        "1 of the evaluation's 3 topics are in training, too"
+    ]
+    with pytest.raises(ValueError, match="all prompts of the evaluation's rows are in the others, too"):
+        prepare(HH(output_dir="", source=(source,), eval_source=(source,)))
 
 
 def test_hh_leaves_out_and_says_so(tmp_path, tokenizer, capsys):
@@ -583,14 +591,14 @@ def test_laptop_chain(heading, tmp_path, monkeypatch, capsys):
     folder.mkdir(parents=True)
     for part in ("train", "test"):
         with gzip.open(folder / f"{part}.jsonl.gz", "wt") as file:
-            file.writelines(json.dumps(row) + "\n" for row in transcripts(60 if part == "train" else 12))
-    published = {
-        "vwxyzjn/summarize_from_feedback_tldr_3_filtered": write(tmp_path / "d.jsonl", map(post_row, range(60))),
-        "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144": write(
-            tmp_path / "c.jsonl", [comparison(i, i % 2, (" Sat.", " Sat!")[:: 1 if i % 2 else -1]) for i in range(60)]
-        ),
-        "EleutherAI/pythia-14m": model,
-    }
+            rows = transcripts(72)
+            file.writelines(json.dumps(row) + "\n" for row in (rows[:60] if part == "train" else rows[60:]))
+    published = {"EleutherAI/pythia-14m": model}
+    for part, numbers in (("", range(60)), (":validation", range(60, 80))):
+        pairs = [comparison(i, i % 2, (" Sat.", " Sat!")[:: 1 if i % 2 else -1]) for i in numbers]
+        for name, rows in (("tldr_3_filtered", map(post_row, numbers)), ("oai_preprocessing_1706381144", pairs)):
+            path = tmp_path / f"{name}{part.strip(':')}.jsonl"
+            published[f"vwxyzjn/summarize_from_feedback_{name}{part}"] = write(path, rows)
     sizes = {
         "sft.py": "--max-steps 20 --eval-every 20 --save-every 20 --batch-size 8 --optim.lr 1e-2",
         "reward_model.py": "--max-steps 30 --eval-every 30 --save-every 30 --batch-size 8 --optim.lr 1e-2",
@@ -600,7 +608,7 @@ def test_laptop_chain(heading, tmp_path, monkeypatch, capsys):
     }
     for line in read_commands(CHAINS, heading, LAPTOP):
         name, flags = split_command(os.path.expandvars(line))
-        flags = [published.get(word.removesuffix(":validation"), word) for word in flags]
+        flags = [published.get(word, word) for word in flags]
         if name == "tasks.preferences":
             assert command(capsys, *flags)[0] == 0
             continue
