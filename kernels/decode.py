@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernels.attention import load_rows, store_rows
 from kernels.launch import DTYPES, PIECES, Tiles, architecture, jit, overlaps_itself, padded_head, runs_triton, tl
 from kernels.pointwise import rotate_
 
@@ -147,26 +148,6 @@ def append_kernel(
 
 
 @jit
-def load_rows(base, rows, stride, ok, D: tl.constexpr, OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """[rows, D] from column OFFSET on, 0 where not ok and from HEAD_DIM on."""
-    column = (OFFSET + tl.arange(0, D))[None, :]
-    mask = ok[:, None]
-    if OFFSET + D > HEAD_DIM:
-        mask = mask & (column < HEAD_DIM)
-    return tl.load(base + rows[:, None] * stride + column, mask=mask, other=0.0)
-
-
-@jit
-def store_rows(base, x, ok, D: tl.constexpr, OFFSET: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """x [rows, D] to column OFFSET and on, where ok and below HEAD_DIM. Shapes: base [rows, 1], ok [rows]"""
-    column = (OFFSET + tl.arange(0, D))[None, :]
-    mask = ok[:, None]
-    if OFFSET + D > HEAD_DIM:
-        mask = mask & (column < HEAD_DIM)
-    tl.store(base + column, x, mask=mask)
-
-
-@jit
 def split_kernel(
     q_ptr, cache_ptr, lens_ptr, acc_ptr, stats_ptr, scale, q_stride, q_head_stride, kind_stride, slot_stride,
     head_stride, token_stride, max_len, window, num_heads, group, num_splits, ROWS: tl.constexpr, SPLIT: tl.constexpr,
@@ -191,10 +172,10 @@ def split_kernel(
     stop = tl.minimum(split * SPLIT + SPLIT, length)
     if start < stop:
         q_base = q_ptr + sequence * q_stride
-        q0 = load_rows(q_base, heads, q_head_stride, ok, D0, 0, HEAD_DIM)
+        q0 = load_rows(q_base, heads, q_head_stride, ok, D0, 0, HEAD_DIM, True)
         q1 = q0
         if D1 > 0:
-            q1 = load_rows(q_base, heads, q_head_stride, ok, D1, D0, HEAD_DIM)
+            q1 = load_rows(q_base, heads, q_head_stride, ok, D1, D0, HEAD_DIM, True)
         acc0 = tl.zeros((ROWS, D0), tl.float32)
         acc1 = tl.zeros((ROWS, D1 if D1 > 0 else 16), tl.float32)
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -204,9 +185,10 @@ def split_kernel(
         for first in range(start, stop, BN):
             keys = first + tl.arange(0, BN)
             seen = (keys >= earliest) & (keys < stop)
-            scores = tl.dot(q0, load_rows(k_base, keys, token_stride, seen, D0, 0, HEAD_DIM).T, input_precision="ieee")
+            k0 = load_rows(k_base, keys, token_stride, seen, D0, 0, HEAD_DIM, True)
+            scores = tl.dot(q0, k0.T, input_precision="ieee")
             if D1 > 0:
-                k1 = load_rows(k_base, keys, token_stride, seen, D1, D0, HEAD_DIM)
+                k1 = load_rows(k_base, keys, token_stride, seen, D1, D0, HEAD_DIM, True)
                 scores = tl.dot(q1, k1.T, scores, input_precision="ieee")  # [ROWS, BN]
             scores = tl.where(seen[None, :], scores * scale, float("-inf"))
             new = tl.maximum(largest, tl.max(scores, 1))
@@ -214,10 +196,10 @@ def split_kernel(
             probs = tl.exp2(scores - new[:, None])
             total = total * decay + tl.sum(probs, 1)
             probs = probs.to(q0.dtype)
-            v0 = load_rows(v_base, keys, token_stride, seen, D0, 0, HEAD_DIM)
+            v0 = load_rows(v_base, keys, token_stride, seen, D0, 0, HEAD_DIM, True)
             acc0 = tl.dot(probs, v0, acc0 * decay[:, None], input_precision="ieee")
             if D1 > 0:
-                v1 = load_rows(v_base, keys, token_stride, seen, D1, D0, HEAD_DIM)
+                v1 = load_rows(v_base, keys, token_stride, seen, D1, D0, HEAD_DIM, True)
                 acc1 = tl.dot(probs, v1, acc1 * decay[:, None], input_precision="ieee")
             largest = new
         part = (sequence * num_heads + heads) * num_splits + split

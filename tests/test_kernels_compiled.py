@@ -162,10 +162,21 @@ def jitted(module):
     return [node for node in functions if any(ast.unparse(x) == "jit" for x in node.decorator_list)], text
 
 
+def sources(module):
+    """Text of the functions that Triton compiles for a file's kernels: its own, and those that it imports."""
+    functions, text = jitted(module)
+    found = [ast.get_source_segment(text, node) for node in functions]
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("kernels."):
+            theirs, text = jitted(node.module)
+            names = {x.name for x in node.names}
+            found += [ast.get_source_segment(text, function) for function in theirs if function.name in names]
+    return found
+
+
 def fingerprint(module):
     """Of what the compilation of a file's kernels depends on, but for Triton: code without comments, and specimens."""
-    functions, text = jitted(module)
-    code = "\n".join(ast.get_source_segment(text, node) for node in functions) + "\n"
+    code = "\n".join(sources(module)) + "\n"
     words = (x.string for x in tokenize.generate_tokens(io.StringIO(code).readline) if x.type != tokenize.COMMENT)
     specimens = {name: asdict(x) for name, x in SPECIMENS.items() if x.module == module}
     given = json.dumps([[word for word in words if word.strip()], specimens], sort_keys=True)
@@ -242,15 +253,15 @@ def version_of(folder):
 
 
 if __name__ == "__main__":
-    table, sources = json.loads(TABLE.read_text()), {module: fingerprint(module) for module in MODULES}
+    table, hashes = json.loads(TABLE.read_text()), {module: fingerprint(module) for module in MODULES}
     for folder in (None, *sys.argv[1:]):
         version = version_of(folder)
         old = table.get(version, {"sources": {}, "kernels": {}})
-        kept = [module for module in MODULES if old["sources"].get(module) == sources[module]]
+        kept = [module for module in MODULES if old["sources"].get(module) == hashes[module]]
         names = [name for name, x in SPECIMENS.items() if x.module not in kept or name not in old["kernels"]]
         rows = {name: row for name, row in old["kernels"].items() if name in SPECIMENS}
         rows |= compile_named(names, folder)[1]
-        table[version] = {"sources": sources, "kernels": {name: rows[name] for name in SPECIMENS}}
+        table[version] = {"sources": hashes, "kernels": {name: rows[name] for name in SPECIMENS}}
     lines = []
     for version, found in sorted(table.items()):
         rows = ",\n".join(f'  "{name}": {json.dumps(row)}' for name, row in found["kernels"].items())
