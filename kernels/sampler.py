@@ -17,6 +17,11 @@ from kernels.launch import Tiles, jit, runs_triton, tl
 BLOCK = 128  # ids whose weights are summed first; a shard holds whole blocks
 
 
+def largest_logits(logits: Tensor, num_ids: int) -> Tensor:
+    """Of every row's ids below num_ids, -inf where there are none: [n]"""
+    return logits[:, :num_ids].amax(1) if num_ids > 0 else logits.new_full((len(logits),), -torch.inf)
+
+
 class Weights:
     """What the ids of a shard are drawn in proportion to: the reference, which computes them once and keeps them.
 
@@ -29,21 +34,21 @@ class Weights:
         check(logits)
         self.logits = logits / temperature if temperature not in (0.0, 1.0) else logits
         self.largest = self.logits.amax(1) if largest is None else largest
-        self._kept: Tensor | None = None
+        self.num_ids, self._kept = logits.shape[1], None
 
     @property
     def kept(self) -> Tensor:
         """[n, vocab / shards], 0 where an id has been dropped"""
         if self._kept is None:
             self._kept = (self.logits - self.largest[:, None]).exp_()
+            self._kept[:, self.num_ids :].fill_(0)
         return self._kept
 
     def drop_ids(self, num_ids: int) -> None:
         """Ids of the shard from num_ids on weigh nothing any more, and `largest` is that of the others: of this shard,
         for the caller to reduce in place before anything else is asked for."""
-        self.logits = self.logits.clone()
-        self.logits[:, max(num_ids, 0) :].fill_(-torch.inf)
-        self.largest, self._kept = self.logits.amax(1), None
+        self.num_ids, self._kept = max(num_ids, 0), None
+        self.largest = largest_logits(self.logits, num_ids)
 
     def nats_above(self, largest: Tensor) -> Tensor:
         """How far another `largest` lies above this one: [n], float64"""
@@ -231,10 +236,7 @@ class KernelWeights:
         self.num_ids, self.least = logits.shape[1], None
 
     def drop_ids(self, num_ids: int) -> None:
-        self.num_ids = num_ids
-        self.largest = torch.full_like(self.largest, -torch.inf)
-        if num_ids > 0:
-            self.largest = self.logits[:, :num_ids].amax(1)
+        self.num_ids, self.largest = num_ids, largest_logits(self.logits, num_ids)
 
     def nats_above(self, largest: Tensor) -> Tensor:
         return (largest.double() - self.largest) / self.temperature

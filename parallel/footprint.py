@@ -42,6 +42,7 @@ from parallel.reshard import Shards, free_units
 from parallel.schedules import Action, Transfer
 from parallel.tensor import VOCAB_MULTIPLE, padded_vocab_size
 
+DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by bytes of an entry
 COLUMNS, ROWS = ("qkv", "ffn_in"), ("attn_out", "ffn_out")  # matrices of a layer, divided by outputs and by inputs
 CUDA_CONTEXT = 2**30  # what CUDA, its libraries and NCCL take of a GPU before the first tensor: about so much
 SCORED_TOGETHER = 32  # samples of a reward model's forward pass
@@ -554,7 +555,7 @@ class Stage:
     def head_workspace(self, rows: int, e: int) -> tuple[int, int, int]:
         """How many tokens' logits a vocabulary product holds at a time, their bytes, and those of their gradient."""
         stride = -(-rows // 64) * 64
-        chunk = min(self.scored, chunk_rows(stride, {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[e]))
+        chunk = min(self.scored, chunk_rows(stride, DTYPES[e]))
         return chunk, 4 * chunk * stride, e * (e < 4) * chunk * stride
 
     def wider_states(self, role: Role) -> int:
@@ -780,7 +781,7 @@ class Stage:
         working = [self.forward(role, tokens) + came, layer_cache, on_its_way - cache]
         if has_head:
             logits = self.slots * padded_vocab_size(config.vocab_size, self.tp) // self.tp
-            working.append(3 * max(e, 4) * logits)  # those that may be drawn and their weights, if the likeliest is
+            working.append(2 * max(e, 4) * logits)  # and as many weights, where the likeliest is taken
         found = {"KV cache": cache, "working memory": max(working)}
         return found | ({"gathered weights": gathered} if gathered else {})
 
@@ -894,7 +895,8 @@ class Stage:
     def rollout_traffic(self) -> Counter:
         """Bytes that this rank sends for a rollout: sampling, whole weights for it, and what describes the samples.
 
-        Sequences count at their full length, of which it is an upper bound; exact where none ends early.
+        Sequences count at their full length, and the tokenizer as one that lacks ids of the model: an upper bound,
+        exact where that is so.
         """
         found: Counter = Counter()
         job, role, name = self.job, self.job.policy, next(iter(self.decoders))

@@ -342,6 +342,8 @@ def generate(
     """
     mesh, config, dtype = decoder.mesh, decoder.config, decoder.dtype
     device, pp = mesh.device, mesh.pp
+    if num_ids is not None and num_ids >= config.vocab_size:
+        num_ids = None  # the logits of those ids are -inf anyway
     # one row more than there are prompts: that of slots that are not in use while the host does not look
     prompt_lens = torch.tensor([*(len(prompt) for prompt in prompts), 1], dtype=torch.long, device=device)
     limit = prompt_lens + sampling.max_new_tokens  # [batch + 1], as all that follow

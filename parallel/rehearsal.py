@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from parallel.adapters import make_reference, set_trained
 from parallel.collectives import Pending, groups, traffic
 from parallel.data_parallel import data_parallel
-from parallel.footprint import Job, Role, Stage
+from parallel.footprint import DTYPES, Job, Role, Stage
 from parallel.generation import PREFILL_TOKENS, KVCache, Pass, Sampling, lm_logits, rotate, sample_tokens
 from parallel.mesh import Layout, Mesh, init_mesh
 from parallel.model import Decoder, ScalarHead
@@ -230,7 +230,7 @@ def make_default_modules(roles: dict[str, Role], mesh: Mesh) -> dict[str, nn.Mod
 
 
 def make_role(role: Role, mesh: Mesh) -> nn.Module:
-    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[role.itemsize]
+    dtype = DTYPES[role.itemsize]
     if role.config is None:
         module = ScalarHead(role.shapes[0][1], mesh, dtype)
     else:
