@@ -91,14 +91,11 @@ def refuse_training_judge(judge: str, specs: list[str]) -> None:
 
     Neither may be trained from the other.
     """
+    judge_ancestors = ancestors(judge)
     for spec in specs:
         for folder, reward in training_rewards(spec):
-            pairs = [
-                (judge, reward),
-                *((judge, x) for x in ancestors(reward)),
-                *((x, reward) for x in ancestors(judge)),
-            ]
-            if any(is_same_judge(a, b) for a, b in pairs):
+            of_reward, of_judge = ((judge, x) for x in ancestors(reward)), ((x, reward) for x in judge_ancestors)
+            if any(is_same_judge(a, b) for a, b in ((judge, reward), *of_reward, *of_judge)):
                 raise ValueError(
                     f"--judge {judge} is the reward of the run {folder}, from which {spec} comes, or one is trained "
                     "from the other: it would say how well training has pleased it. Train another one by "
