@@ -67,6 +67,29 @@ def work(pipe) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
+def measure_slopes(loss, inputs, gradients, widths):
+    """(slope by the gradient, slopes by differences over three widths, each half of the one before) of a loss in a
+    random direction of each input."""
+    import torch
+
+    rows = []
+    for i, gradient in enumerate(gradients):
+        direction = torch.randn(gradient.shape)
+
+        def moved(width, i=i, direction=direction):
+            return loss(*(x.detach() + width * direction if i == j else x.detach() for j, x in enumerate(inputs)))
+
+        slopes = [(moved(width) - moved(-width)).item() / (2 * width) for width in widths]
+        rows.append(((gradient.double() * direction).sum().item(), slopes))
+    return rows
+
+
+def check_slopes(rows):
+    for exact, slopes in rows:
+        errors = [abs(slope - exact) / abs(exact) for slope in slopes]
+        assert errors[2] < 2e-3 and errors[2] < max(errors[0] / 12, 1e-5), (exact, slopes)  # 1/16 but for rounding
+
+
 class Fence:
     """Tensors that hold NaNs (integers: a large negative number) until they are written, with the same before them, and
     behind them memory that nobody may touch: the process ends there."""

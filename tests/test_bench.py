@@ -8,8 +8,10 @@ import torch
 from tests import bench_ablations, bench_kernels, bench_training
 from tests.scripts import ROOT, make_tiny_model, read_rows, without_times
 
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU these are the benchmarks, of nine minutes each")
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+
+@no_gpu
 def test_bench_of_kernels_runs_every_case(tmp_path, capsys):
     rows = bench_kernels.main(["--out", str(tmp_path / "rows.json")])
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
@@ -24,7 +26,7 @@ def test_bench_of_kernels_runs_every_case(tmp_path, capsys):
     assert "no GPU" in printed and printed.count("| attention forward |") == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+@no_gpu
 def test_bench_of_kernels_stops_at_its_budget(capsys):
     assert bench_kernels.main(["--budget", "0"]) == []
     assert (
@@ -32,7 +34,7 @@ def test_bench_of_kernels_stops_at_its_budget(capsys):
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+@no_gpu
 def test_bench_of_training_runs_every_stage(tmp_path):
     rows = bench_training.main(["--out", str(tmp_path / "rows.json")])
     assert json.loads((tmp_path / "rows.json").read_text()) == rows

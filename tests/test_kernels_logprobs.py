@@ -7,7 +7,7 @@ import torch
 
 from kernels import linear_logprobs as file
 from kernels.linear_logprobs import KernelLinearLogprobs, LinearLogprobs, linear_logprobs
-from tests.interpreter import Fence, run_interpreted
+from tests.interpreter import Fence, check_slopes, measure_slopes, run_interpreted
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 GRADIENT_LIMITS = {F32: 2e-6, F16: 1e-3, BF16: 6e-3}  # norm of the error / norm of what is expected
@@ -296,7 +296,7 @@ def test_kernels_reject_what_int32_does_not_count():
 def differences():
     """Slopes in a random direction of hidden, weight and bias: of autograd, and of differences over three widths."""
     inputs = draw(6, 12, 70, 61, F32, True)
-    inputs, token_ids, rows = [inputs[0], inputs[1], inputs[3]], inputs[2], []
+    inputs, token_ids = [inputs[0], inputs[1], inputs[3]], inputs[2]
     inputs[1:] = [x[:61] for x in inputs[1:]]
 
     def loss(hidden, weight, bias):
@@ -304,21 +304,11 @@ def differences():
         return (logprobs.double() + 0.5 * entropy.double()).sum()
 
     leaves = [x.requires_grad_() for x in inputs]
-    for i, gradient in enumerate(torch.autograd.grad(loss(*leaves), leaves)):
-        direction = torch.randn(gradient.shape)
-        values = []
-        for width in (-0.04, -0.02, -0.01, 0.01, 0.02, 0.04):
-            moved = [x.detach() + width * direction if i == j else x.detach() for j, x in enumerate(inputs)]
-            values.append(loss(*moved).item())
-        slopes = [(values[5 - j] - values[j]) / (2 * width) for j, width in enumerate((0.04, 0.02, 0.01))]
-        rows.append(((gradient.double() * direction).sum().item(), slopes))
-    return rows
+    return measure_slopes(loss, inputs, torch.autograd.grad(loss(*leaves), leaves), (0.04, 0.02, 0.01))
 
 
 def test_gradients_are_the_slopes_of_the_forward():
-    for exact, slopes in run_interpreted(differences):
-        errors = [abs(slope - exact) / abs(exact) for slope in slopes]
-        assert errors[2] < 2e-3 and errors[2] < max(errors[0] / 12, 1e-5), (exact, slopes)  # 1/16 but for rounding
+    check_slopes(run_interpreted(differences))
 
 
 def twice(fn):

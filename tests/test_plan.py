@@ -467,7 +467,7 @@ BIG = {
         Layout(tp=8, zero=1, pp=4, schedule="interleaved", num_chunks=2),
     ),
 }
-ALL = pytest.mark.skipif(not os.environ.get("ALL_LARGE_MODELS"), reason="a minute: set ALL_LARGE_MODELS=1")
+ALL = pytest.mark.skipif(not os.environ.get("ALL_LARGE_MODELS"), reason="two minutes more: set ALL_LARGE_MODELS=1")
 
 
 @pytest.mark.parametrize("name", [*list(BIG)[:2], *(pytest.param(name, marks=ALL) for name in list(BIG)[2:])])
