@@ -141,16 +141,21 @@ def matches(name: str, part: str) -> bool:
     return fnmatch.fnmatchcase(name, part) or fnmatch.fnmatchcase(name, f"{part}.*")
 
 
-def all_names(decoder: Decoder) -> list[str]:
-    """Names of the parameters of the whole model, from those of this stage; an LM head of its own included."""
-    config, layers = decoder.config, decoder.layers.items()
-    of_layer = next([name for name, _ in layer.named_parameters()] for _, layer in layers)
+def all_names(config: DecoderConfig, of_layer: Iterable[str]) -> list[str]:
+    """Names of the parameters of a whole model, from those of one of its layers; an LM head of its own included."""
+    of_layer = list(of_layer)
     names = [f"{name}.weight" for name in INPUTS[: 1 + config.learned_positions]]
     names += [f"layers.{i}.{name}" for i in range(config.num_layers) for name in of_layer]
     names += ["final_norm.weight"] + ["final_norm.bias"] * (config.norm == "layernorm")
     if not config.tied_embeddings:
         names += ["lm_head.weight"] + ["lm_head.bias"] * config.head_bias
     return names
+
+
+def names_of(decoder: Decoder) -> list[str]:
+    """`all_names` of a decoder of which this stage has a part."""
+    layer = next(iter(decoder.layers.values()))
+    return all_names(decoder.config, (name for name, _ in layer.named_parameters()))
 
 
 def set_trained(decoder: Decoder, tuning: Tuning, seed: int = 0) -> Decoder:
@@ -161,7 +166,7 @@ def set_trained(decoder: Decoder, tuning: Tuning, seed: int = 0) -> Decoder:
     """
     tuning = tuning.resolved()
     num_layers = decoder.config.num_layers
-    tuning.check(all_names(decoder), decoder.config, decoder.has_lm_head)
+    tuning.check(names_of(decoder), decoder.config, decoder.has_lm_head)
     decoder.tuning = tuning
     if tuning.lora.rank:
         decoder.base = fingerprint(decoder.source) if decoder.source else ""
@@ -272,7 +277,7 @@ def load_adapters(decoder: Decoder, folder: str) -> None:
         )
     path = Path(folder).expanduser() / f"{ADAPTERS}.safetensors"
     tensors = load_file(path)
-    adapted = [x for x in all_names(decoder) if decoder.tuning.adapts(x, decoder.config.num_layers)]
+    adapted = [x for x in names_of(decoder) if decoder.tuning.adapts(x, decoder.config.num_layers)]
     unused = tensors.keys() - {f"{x.removesuffix('weight')}adapter.{ab}" for x in adapted for ab in "ab"}
     if unused:
         raise ValueError(

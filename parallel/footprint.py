@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 from kernels.linear_logprobs import SUM_ELEMENTS, chunk_rows
-from parallel.adapters import INPUTS, Tuning
+from parallel.adapters import INPUTS, Tuning, all_names
 from parallel.data_parallel import ALIGNMENT
 from parallel.generation import CACHE_BLOCK, NUM_SLOTS, PREFILL_TOKENS
 from parallel.mesh import Layout, check_layout
@@ -63,10 +63,8 @@ class Role:
 
     def __post_init__(self):
         if self.config and self.is_tuned:
-            kinds = sections(self.config, 1, False, True)
-            names = [name for kind in ("input", "output") for name, _ in kinds[kind]]
-            names += [f"layers.{i}.{name}" for i in range(self.config.num_layers) for name, _ in kinds["layer"]]
-            self.tuning.check(names, self.config, self.lm_head)
+            of_layer = (name for name, _ in sections(self.config, 1, False, False)["layer"])
+            self.tuning.check(all_names(self.config, of_layer), self.config, self.lm_head)
 
     @property
     def start(self) -> int:
